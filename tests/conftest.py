@@ -1,0 +1,40 @@
+"""Set before anything is imported: no network, one thread a process (two processes of two threads on two cores crawl)."""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = "minimal_sft minimal_dpo minimal_grpo minimal_ppo reinforce rloo gsm8k_grpo gsm8k_sft_grpo".split()
+PRESENT = [name for name in SCRIPTS if (ROOT / f"{name}.py").exists()]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """tiny("qwen"), tiny("llama"): a fresh model in float32 and its tokenizer."""
+    import minimal_grpo
+
+    return lambda name: minimal_grpo.load(str(ROOT / "tests" / f"tiny-{name}"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run("minimal_grpo", "--steps", 2): the script as a process, in the checkout; has .returncode, .stdout, .stderr, .log."""
+
+    def run(script, *flags, **environment):
+        log = tmp_path / "log.jsonl"
+        command = [sys.executable, f"{script}.py", "--log", log, *flags]
+        done = subprocess.run(
+            [*map(str, command)], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+        )
+        done.log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return done
+
+    return run

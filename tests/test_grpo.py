@@ -1,0 +1,104 @@
+"""GRPO's advantage and loss against sums written out by hand: catches a turned sign, clip, KL or normaliser."""
+
+import math
+
+import pytest
+import torch
+from minimal_grpo import group_advantages, grpo_loss
+
+MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+LOGP = torch.tensor([[-1.0, -0.5, -2.0], [-0.3, -9.0, -9.0]])
+OLD = torch.tensor([[-1.5, -0.5, -1.0], [-0.35, -1.0, -1.0]])
+REF = torch.tensor([[-1.2, -0.4, -2.5], [-0.9, -1.0, -1.0]])
+ADVANTAGES = torch.tensor([[1.5], [-0.5]])
+
+
+def by_hand(epsilon, beta):
+    total, kls, clipped = 0.0, 0.0, 0
+    for i in range(2):
+        for t in range(3 if i == 0 else 1):
+            p, old, ref, a = LOGP[i, t].item(), OLD[i, t].item(), REF[i, t].item(), ADVANTAGES[i, 0].item()
+            ratio = math.exp(p - old)
+            bounded = min(max(ratio, 1 - epsilon), 1 + epsilon)
+            kl = math.exp(ref - p) - (ref - p) - 1
+            total += min(ratio * a, bounded * a) - beta * kl
+            kls += kl
+            clipped += bounded * a < ratio * a
+    return -total / 4, kls / 4, clipped / 4  # four tokens in the mask
+
+
+@pytest.mark.parametrize("epsilon, beta", [(0.2, 0.0), (0.2, 0.04), (0.05, 1.0)])
+def test_loss_written_out(epsilon, beta):
+    loss, metrics = grpo_loss(LOGP, OLD, REF, ADVANTAGES, MASK, epsilon, beta)
+    expected, kl, clip_frac = by_hand(epsilon, beta)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert metrics == pytest.approx({"kl": kl, "clip_frac": clip_frac}, abs=1e-6)
+
+
+def gradient(log_ratio, advantage, epsilon=0.2, ref=None, beta=0.0):
+    logp = torch.tensor([[-1.0]], requires_grad=True)
+    ref_logp = logp.detach() if ref is None else torch.tensor([[ref]])
+    loss, _ = grpo_loss(
+        logp,
+        logp.detach() - log_ratio,
+        ref_logp,
+        torch.tensor([[advantage]]),
+        torch.ones(1, 1),
+        epsilon,
+        beta,
+    )
+    loss.backward()
+    return logp.grad.item()
+
+
+def test_gradient_signs_and_clip():
+    assert gradient(0.0, 2.0) == pytest.approx(-2.0)  # descent makes the token likelier
+    assert gradient(0.0, -2.0) == pytest.approx(2.0)
+    assert gradient(0.5, 2.0) == 0  # gained enough already
+    assert gradient(-0.5, -2.0) == 0  # lost enough already
+    assert gradient(0.5, -2.0) == pytest.approx(2.0 * math.exp(0.5))  # the wrong way: never clipped
+    assert gradient(-0.5, 2.0) == pytest.approx(-2.0 * math.exp(-0.5))
+    assert gradient(0.1, 2.0) == pytest.approx(-2.0 * math.exp(0.1))  # inside the range
+
+
+def test_kl_pulls_towards_the_reference():
+    assert gradient(0.0, 0.0, ref=-3.0, beta=0.1) == pytest.approx(
+        0.1 * (1 - math.exp(-2.0))
+    )  # too likely: down
+    assert gradient(0.0, 0.0, ref=-0.2, beta=0.1) == pytest.approx(
+        0.1 * (1 - math.exp(0.8))
+    )  # too unlikely: up
+
+
+def test_kl_is_the_kl():
+    """Averaged over what the policy draws (the mask holds the probabilities), the estimate is KL(policy || reference)."""
+    p, q = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]), torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25])
+    exact = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist()))
+    column = p.log()[:, None]
+    _, metrics = grpo_loss(column, column, q.log()[:, None], torch.zeros(5, 1), p[:, None], 0.2, 0.04)
+    assert metrics["kl"] == pytest.approx(exact, abs=1e-6)
+    _, same = grpo_loss(column, column, column, torch.zeros(5, 1), p[:, None], 0.2, 0.04)
+    assert same["kl"] == 0
+
+
+def test_padding_has_no_say():
+    logp = LOGP.clone().requires_grad_()
+    noise = torch.where(MASK == 1, torch.zeros(2, 3), torch.full((2, 3), 3.0))
+    loss, metrics = grpo_loss(logp, OLD + noise, REF - noise, ADVANTAGES, MASK, 0.2, 0.04)
+    loss.backward()
+    assert (loss.item(), metrics["kl"]) == pytest.approx(by_hand(0.2, 0.04)[:2], abs=1e-6)
+    assert (logp.grad[MASK == 0] == 0).all() and (logp.grad[MASK == 1] != 0).any()
+
+
+def test_advantages_by_hand():
+    got = group_advantages(torch.tensor([0.0, 1.0, 0.0, 0.0, 2.0, 4.0, 4.0, 6.0]), 4)
+    std = math.sqrt(8 / 3)  # of 2 4 4 6: squared distances 4 0 0 4, over three
+    assert got.shape == (8, 1)
+    assert got[:4, 0].tolist() == pytest.approx([-0.5, 1.5, -0.5, -0.5], abs=1e-3)
+    assert got[4:, 0].tolist() == pytest.approx([-2 / std, 0, 0, 2 / std], abs=1e-3)
+
+
+def test_no_advantage_where_all_agree():
+    """With 1e-8 in place of 1e-4, the rounding of seven rewards of 0.1 would pass for a signal of 0.4."""
+    assert group_advantages(torch.full((7,), 0.1), 7).abs().max() < 1e-3
+    assert (group_advantages(torch.ones(8), 4) == 0).all()

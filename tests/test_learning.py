@@ -1,0 +1,25 @@
+"""Each script, run as a newcomer runs it, learns: catches whatever the unit tests do not. The log is the evidence."""
+
+import pytest
+from conftest import PRESENT
+
+# script: (highest accuracy before, lowest after), greedy on all 100 sums
+SUMS = {
+    "minimal_sft": (0.45, 0.95),
+    "minimal_dpo": (0.45, 0.95),
+    "minimal_grpo": (0.45, 0.95),
+    "minimal_ppo": (0.45, 0.90),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("script", [script for script in SUMS if script in PRESENT])
+def test_sums(run, script, seed):
+    done = run(script, "--seed", seed)
+    assert done.returncode == 0, done.stderr
+    before, *steps, after = done.log
+    assert (before["step"], after["step"]) == (0, 30) and [record["step"] for record in steps] == list(
+        range(30)
+    )
+    assert before["eval"]["accuracy"] <= SUMS[script][0]
+    assert after["eval"]["accuracy"] >= SUMS[script][1]

@@ -1,0 +1,102 @@
+"""The sampler against the training pass: each token's log-prob when drawn is its log-prob in the loss.
+
+Catches a missing or shifted mask, a temperature on one side only, an off-by-one target, a cache fed with the wrong mask, an
+end-of-turn token that is not trained, and a finished row that goes on.
+"""
+
+import minimal_grpo
+import pytest
+import torch
+
+PROMPTS = [
+    "What is 3 + 8?",
+    "Hi",
+    "Write about 40 words about winter.",
+    "Tom has 3 apples. Ann gives Tom 4 more. How many?",
+    "",
+] * 4
+CASES = {
+    "as stored": lambda model, tokenizer: None,
+    "pad is eos": lambda model, tokenizer: setattr(tokenizer, "pad_token", tokenizer.eos_token),
+    "one eos id": lambda model, tokenizer: setattr(
+        model.generation_config, "eos_token_id", tokenizer.eos_token_id
+    ),
+    "no row ends": lambda model, tokenizer: setattr(model.generation_config, "eos_token_id", [0]),
+}
+
+
+@pytest.fixture(params=[(name, case) for name in ("qwen", "llama") for case in CASES], ids=" ".join)
+def rollout(request, tiny, monkeypatch):
+    """A mixed-length batch with the log-prob each token had when torch.multinomial drew it: (N, C)."""
+    name, case = request.param
+    model, tokenizer = tiny(name)
+    CASES[case](model, tokenizer)
+    drawn, multinomial = [], torch.multinomial
+
+    def watched(probs, *args, **kwargs):
+        tokens = multinomial(probs, *args, **kwargs)
+        drawn.append(probs.gather(1, tokens).log())
+        return tokens
+
+    monkeypatch.setattr(torch, "multinomial", watched)
+    torch.manual_seed(0)
+    ids, attn, mask, texts, alive = minimal_grpo.sample(model, tokenizer, PROMPTS, 40)
+    return case, model, tokenizer, ids, attn, mask, texts, alive, torch.cat(drawn, 1)
+
+
+def ends(model, tokenizer):
+    ids = model.generation_config.eos_token_id
+    return ids if isinstance(ids, list) else [ids]
+
+
+def test_drawn_is_trained(rollout):
+    _, model, _, ids, attn, mask, *_, drawn = rollout
+    trained = minimal_grpo.completion_logp(model, ids, attn, mask)
+    assert drawn.shape == mask.shape
+    assert ((trained - drawn) * mask).abs().max() < 1e-4
+
+
+def test_each_row_alone(rollout):
+    """Against the model called on one row without padding, mask or cache, and F.cross_entropy."""
+    _, model, _, ids, attn, mask, *_ = rollout
+    trained = minimal_grpo.completion_logp(model, ids, attn, mask)
+    for i in range(len(ids)):
+        row, n = ids[i][attn[i] == 1], int(mask[i].sum())
+        logits = model(row[None]).logits[0].float()
+        alone = -torch.nn.functional.cross_entropy(logits[-n - 1 : -1], row[-n:], reduction="none")
+        assert (trained[i, :n] - alone).abs().max() < 1e-4
+        assert (trained[i, n:] == 0).all()
+
+
+def test_mask_counted_by_hand(rollout):
+    case, model, tokenizer, ids, attn, mask, texts, alive, _ = rollout
+    P = ids.shape[1] - mask.shape[1]
+    assert (mask == attn[:, P:]).all()
+    for i in range(len(ids)):
+        expected, ended = [], False
+        for token in ids[i, P:].tolist():
+            expected.append(0.0 if ended else 1.0)
+            ended = ended or token in ends(model, tokenizer)
+        assert mask[i].tolist() == expected
+        assert alive[i].item() == (not ended)
+        kept = ids[i, P:][mask[i] == 1]
+        assert texts[i] == tokenizer.decode(kept, skip_special_tokens=True)
+    if case == "no row ends":
+        assert mask.all() and alive.all() and mask.shape[1] == 40
+    else:
+        assert not mask.all() and (mask.sum(1) < 40).any()
+    assert len(set(mask.sum(1).tolist())) > 1 or case == "no row ends"
+    assert len(set(attn[:, :P].sum(1).tolist())) > 1, "the prompts should differ in length"
+
+
+def test_prompts_as_the_template_writes_them(tiny):
+    for name in ("qwen", "llama"):
+        model, tokenizer = tiny(name)
+        ids, attn, *_ = minimal_grpo.sample(model, tokenizer, PROMPTS, 0)
+        for i, prompt in enumerate(PROMPTS):
+            chat = [{"role": "system", "content": minimal_grpo.SYSTEM}, {"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+            )
+            assert tokenizer.decode(ids[i][attn[i] == 1]) == text  # one BOS, no date of today
+            assert attn[i].tolist() == sorted(attn[i].tolist()), "padding belongs on the left"
