@@ -1,11 +1,12 @@
-"""GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3 and 4): make likelier the answers that beat their group's mean.
+"""GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3 and 4): make completions that beat their group's mean likelier.
 
     advantages = (rewards - group mean) / (group std + 1e-4)
     ratio = exp(logp - old_logp),  kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
     objective = min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages) - beta * kl
 
-Differences from the paper: each token of the batch weighs the same, not each completion (DAPO, arXiv 2503.14476);
-two updates a batch, because at the first the ratio is 1 and clips nothing. Run: uv run minimal_grpo.py
+Differences from the paper: each token of the batch weighs the same, not each completion, or the tokens of long wrong
+ones would be punished less (DAPO, arXiv 2503.14476); two updates a batch, as at the first the ratio is 1 and clips
+nothing; the reference is never renewed; the learning rate falls to 0. Run: uv run minimal_grpo.py
 """
 
 import argparse, copy, json, os, random, sys, time
@@ -32,14 +33,14 @@ def parse_args():
     args = parser.parse_args([] if "ipykernel" in sys.modules else None)
     for name, value in vars(args).items():
         least = {"group_size": 2, "seed": 0}.get(name, int(isinstance(value, int)))
-        if not isinstance(value, str) and not least <= value < float("inf"):
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is not a number from {least} up")
-    if os.path.exists(args.save) and (os.path.isfile(args.save) or os.listdir(args.save)):
-        parser.error(f"argument --save: {args.save} is not an empty folder")
+        if not isinstance(value, str) and not least <= value < 2**32:  # neither nan nor inf is
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is not from {least} to 2**32")
     try:
+        if args.save and (os.makedirs(args.save, exist_ok=True) or os.listdir(args.save)):
+            parser.error(f"argument --save: {args.save} is not empty")
         args.log = open(args.log, "w", buffering=1)
     except OSError as error:
-        parser.error(f"argument --log: {error}")
+        parser.error(f"argument --save or --log: {error}")
     return args
 
 
@@ -48,32 +49,16 @@ def sum_reward(completion, answer):
     return float(completion.count("answer>") == 2 and f"<answer>{answer}</answer>" in completion)
 
 
-def load(name):
-    """The model, in float32 because its own bf16 would round small updates away, and its tokenizer."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        tokenizer.get_chat_template()  # raises where there is none
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(DEVICE)
-    except (OSError, ValueError) as error:
-        hint = f"(licence accepted and HF_TOKEN=... in .env? or else --model {TINY})"
-        sys.exit(f"--model {name}: {str(error).splitlines()[0]} {hint}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama has none; no mask comes from ids
-    return model, tokenizer
-
-
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     """A completion of each prompt: ids, attn (N, P+C), mask (N, C), texts, and alive (N, 1): 1 where cut off."""
-    chats = [
-        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}] for prompt in prompts
-    ]
-    fixed = {"return_dict": True, "return_tensors": "pt", "date_string": "26 Jul 2024"}  # else Llama's today
+    chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": q}] for q in prompts]
+    fixed = {"return_dict": True, "return_tensors": "pt", "date_string": "26 Jul 2024"}  # Llama: else today
     batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, **fixed).to(DEVICE)
-    ids, attn = batch["input_ids"], batch["attention_mask"]
+    ids, attn = batch["input_ids"], batch["attention_mask"]  # no position_ids: rotary ones are relative
     P, tokens, cache, alive = ids.shape[1], ids, None, torch.ones_like(attn[:, :1])
-    eos = torch.tensor(model.generation_config.eos_token_id, device=DEVICE)  # one id or several
+    eos = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=DEVICE)
     while alive.any() and ids.shape[1] < P + max_new_tokens:
-        # no position_ids: rotary positions are relative, so padding on the left shifts nothing
         out = model(tokens, attention_mask=attn, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, probs = out.past_key_values, out.logits[:, -1].float().softmax(-1)
         probs = probs.cpu() if DEVICE == "mps" else probs  # multinomial on MPS can draw impossible tokens
@@ -119,9 +104,16 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, epsilon, beta):
 if __name__ == "__main__":
     args, history = parse_args(), []
     set_seed(args.seed)
-    model, tokenizer = load(args.model)
+    try:  # float32, because in their own bf16 small updates would be rounded away
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+        tokenizer.get_chat_template()  # raises where there is none
+    except (OSError, ValueError) as error:
+        hint = f"(gated: accept the licence, HF_TOKEN=... in .env; offline: --model {TINY})"
+        sys.exit(f"--model {args.model}: {str(error).splitlines()[0]:.300} {hint}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
     facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
-    print(f"minimal_grpo.py: {args.model} (in earnest: --model {MODEL}), {facts}")
+    print(f"minimal_grpo.py: {args.model} (the real one: --model {MODEL}), {facts}")
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     evaluate_sums(model, tokenizer, args, 0)

@@ -19,9 +19,16 @@ PRESENT = [name for name in SCRIPTS if (ROOT / f"{name}.py").exists()]
 @pytest.fixture(scope="session")
 def tiny():
     """tiny("qwen"), tiny("llama"): a fresh model in float32 and its tokenizer."""
-    import minimal_grpo
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return lambda name: minimal_grpo.load(str(ROOT / "tests" / f"tiny-{name}"))
+    def tiny(name):
+        folder = ROOT / f"tests/tiny-{name}"
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer
+
+    return tiny
 
 
 @pytest.fixture

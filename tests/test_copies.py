@@ -24,6 +24,11 @@ CHANGED_LINES = {  # by `diff A B`, both sides counted
     ("minimal_grpo", "rloo"): 80,
 }
 STEPS = ["# 1. sample", "# 2. reward", "# 3. advantages", "# 4. update", "# 5. report"]
+SHARED = [  # what stands under `if __name__ == "__main__":` in every file, from one text to another
+    ("    args, history = parse_args(), []", "seed {args.seed}"),
+    ("    except KeyboardInterrupt:", "    evaluate_"),
+    ("    if args.save:", "    course ="),
+]
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in PRESENT}
 PAIRS = list(itertools.combinations(PRESENT, 2))
 
@@ -51,6 +56,16 @@ def test_same_name_same_text(a, b):
 def test_same_order(a, b):
     first, second = definitions(SOURCES[a]), definitions(SOURCES[b])
     assert [name for name in first if name in second] == [name for name in second if name in first]
+
+
+@pytest.mark.parametrize("first, last", SHARED)
+@pytest.mark.parametrize("a, b", PAIRS)
+def test_same_text_under_main(a, b, first, last):
+    def part(name):
+        start = SOURCES[name].index(first)
+        return SOURCES[name][start : SOURCES[name].index(last, start)].replace(f"{name}.py", "")
+
+    assert part(a) == part(b)
 
 
 @pytest.mark.parametrize("a, b", [pair for pair in CHANGED_LINES if set(pair) <= set(PRESENT)])

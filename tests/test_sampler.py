@@ -40,7 +40,7 @@ def rollout(request, tiny, monkeypatch):
 
     monkeypatch.setattr(torch, "multinomial", watched)
     torch.manual_seed(0)
-    ids, attn, mask, texts, alive = minimal_grpo.sample(model, tokenizer, PROMPTS, 40)
+    ids, attn, mask, texts, alive = minimal_grpo.sample(model, tokenizer, PROMPTS, 80)
     return case, model, tokenizer, ids, attn, mask, texts, alive, torch.cat(drawn, 1)
 
 
@@ -82,9 +82,9 @@ def test_mask_counted_by_hand(rollout):
         kept = ids[i, P:][mask[i] == 1]
         assert texts[i] == tokenizer.decode(kept, skip_special_tokens=True)
     if case == "no row ends":
-        assert mask.all() and alive.all() and mask.shape[1] == 40
+        assert mask.all() and alive.all() and mask.shape[1] == 80
     else:
-        assert not mask.all() and (mask.sum(1) < 40).any()
+        assert not mask.all() and (mask.sum(1) < 80).any()
     assert len(set(mask.sum(1).tolist())) > 1 or case == "no row ends"
     assert len(set(attn[:, :P].sum(1).tolist())) > 1, "the prompts should differ in length"
 

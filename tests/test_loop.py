@@ -1,0 +1,101 @@
+"""The training loop itself, run in this process and looked at afterwards, as a notebook user would.
+
+Catches what still learns and is wrong: groups that mix prompts, an old_logp made anew for each update, a reference that moves, a
+learning rate that stays, metrics over padding, a gradient that is neither checked nor scaled.
+"""
+
+import runpy
+import sys
+
+import minimal_grpo
+import pytest
+import torch
+from conftest import ROOT
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """main("minimal_grpo.py --steps 2"): the globals that the script leaves behind."""
+
+    def main(command):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", command.split())
+        return runpy.run_path(sys.argv[0], run_name="__main__")
+
+    return main
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_grpo(main, tiny):
+    g = main("minimal_grpo.py --steps 3 --lr 2e-5 --epsilon 0.001 --beta 0.5 --batch-size 4 --group-size 6")
+    fresh, _ = tiny("qwen")
+    assert (
+        g["model"].dtype == torch.float32
+        and not g["model"].training
+        and g["tokenizer"].padding_side == "left"
+    )
+    assert same(g["reference"], fresh) and not same(g["model"], fresh)
+    assert not any(p.requires_grad for p in g["reference"].parameters())
+    assert g["optimizer"].param_groups[0]["lr"] == pytest.approx(2e-5 / 3)
+    assert g["optimizer"].state[next(g["model"].parameters())]["step"] == 3 * 2
+    assert {id(p) for p in g["model"].parameters()} == {
+        id(p) for group in g["optimizer"].param_groups for p in group["params"]
+    }
+
+    groups = [g["prompts"][i : i + 6] for i in range(0, 24, 6)]
+    assert len(g["prompts"]) == 24 and all(len(set(group)) == 1 for group in groups)
+    rewards = [
+        minimal_grpo.sum_reward(text, minimal_grpo.SUMS[prompt])
+        for text, prompt in zip(g["texts"], g["prompts"])
+    ]
+    assert g["rewards"].tolist() == rewards and 0 < sum(rewards) < 24
+    for i in range(0, 24, 6):
+        assert g["advantages"][i : i + 6].sum().abs() < 1e-4
+
+    inputs = (g["logp"], g["old_logp"], g["ref_logp"], g["advantages"], g["mask"], 0.001, 0.5)
+    assert g["loss"].item() == pytest.approx(minimal_grpo.grpo_loss(*inputs)[0].item(), rel=1e-5)
+    assert [record["step"] for record in g["history"]] == [0, 1, 2]
+    last = g["history"][-1]
+    assert g["old_logp"].requires_grad is False and (g["logp"] - g["old_logp"]).abs().max() > 1e-3
+    assert last["clip_frac"] > 0.05, "with a range of 0.001 the second update must clip"
+    lengths = [int(row.sum()) for row in g["mask"]]
+    assert last["length"] == pytest.approx(sum(lengths) / 24) and last["finished"] == 1
+    assert last["reward"] == pytest.approx(sum(rewards) / 24)
+    with torch.no_grad():  # the KL of the last update, over real tokens only, from a model of our own
+        ref_logp = minimal_grpo.completion_logp(fresh, g["ids"], g["attn"], g["mask"])
+        r = [ref_logp[i, t] - g["logp"][i, t] for i in range(24) for t in range(lengths[i])]
+        assert last["kl"] == pytest.approx(sum((x.exp() - x - 1).item() for x in r) / len(r), rel=1e-3)
+        assert last["kl"] > 1e-4
+
+
+def test_first_update_is_on_policy(main):
+    """One update a batch: the ratio is 1, nothing is clipped, and before the first update the KL is exactly 0."""
+    g = main("minimal_grpo.py --steps 1 --update-epochs 1")
+    assert torch.equal(g["logp"].detach(), g["old_logp"])
+    assert (g["history"][0]["kl"], g["history"][0]["clip_frac"]) == (0, 0)
+
+
+def test_no_reference_at_beta_0(main):
+    g = main("minimal_grpo.py --steps 2 --beta 0")
+    assert g["reference"] is None and len(g["history"]) == 2
+
+
+def test_cut_off_completions_are_counted(main):
+    g = main("minimal_grpo.py --steps 1 --max-new-tokens 4")
+    assert g["mask"].shape[1] == 4 and 0 < g["history"][0]["finished"] < 1
+    ended = [bool((row == 0).any()) or text.isdigit() for row, text in zip(g["mask"], g["texts"])]
+    assert g["history"][0]["finished"] == pytest.approx(sum(ended) / len(ended))
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(main, tiny, monkeypatch, capsys):
+    """A NaN advantage: the weights are sound, so that only the guard at the gradient can stop it."""
+    std = torch.Tensor.std
+    monkeypatch.setattr(torch.Tensor, "std", lambda self, *a, **k: std(self, *a, **k) * float("nan"))
+    stepped = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: stepped.append(self))
+    with pytest.raises(SystemExit, match="step 0.*non-finite"):
+        main("minimal_grpo.py --steps 2")
+    assert not stepped and "after" not in capsys.readouterr().out
