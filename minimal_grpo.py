@@ -1,12 +1,13 @@
-"""GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3 and 4): make completions that beat their group's mean likelier.
+"""GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3, 4): make likelier what beats its group's mean.
 
     advantages = (rewards - group mean) / (group std + 1e-4)
-    ratio = exp(logp - old_logp),  kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
-    objective = min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages) - beta * kl
+    ratio      = exp(logp - old_logp)
+    surrogate  = min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages)
+    objective  = surrogate - beta * kl, where kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
 
-Differences from the paper: each token of the batch weighs the same, not each completion, or the tokens of long wrong
-ones would be punished less (DAPO, arXiv 2503.14476); two updates a batch, as at the first the ratio is 1 and clips
-nothing; the reference is never renewed; the learning rate falls to 0. Run: uv run minimal_grpo.py
+Differences from the paper: each token of the batch weighs the same, not each completion, or tokens of long
+wrong ones would be punished less (DAPO, arXiv 2503.14476); two updates a batch, as at first the ratio is 1
+and clips nothing; the reference is never renewed; falling learning rate. Run: uv run minimal_grpo.py
 """
 
 import argparse, copy, json, os, random, sys, time
@@ -27,14 +28,14 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     model = TINY if DEVICE == "cpu" and os.path.isdir(TINY) else MODEL
     flags = {"model": model, "steps": 30, "batch-size": 8, "group-size": 8, "max-new-tokens": 48, "lr": 5e-6}
-    flags |= {"update-epochs": 2, "epsilon": 0.2, "beta": 0.04, "seed": 0, "log": os.devnull, "save": ""}
-    for name, default in flags.items():
+    flags |= {"update-epochs": 2, "epsilon": 0.2, "beta": 0.04}
+    for name, default in (flags | {"seed": 0, "log": os.devnull, "save": ""}).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     args = parser.parse_args([] if "ipykernel" in sys.modules else None)
     for name, value in vars(args).items():
-        least = {"group_size": 2, "seed": 0}.get(name, int(isinstance(value, int)))
-        if not isinstance(value, str) and not least <= value < 2**32:  # neither nan nor inf is
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is not from {least} to 2**32")
+        least, most = (0, 1) if type(value) is float else ({"group_size": 2, "seed": 0}.get(name, 1), 10**9)
+        if not isinstance(value, str) and not least <= value <= most:  # neither nan nor inf is
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is not from {least} to {most}")
     try:
         if args.save and (os.makedirs(args.save, exist_ok=True) or os.listdir(args.save)):
             parser.error(f"argument --save: {args.save} is not empty")
@@ -51,7 +52,7 @@ def sum_reward(completion, answer):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
-    """A completion of each prompt: ids, attn (N, P+C), mask (N, C), texts, and alive (N, 1): 1 where cut off."""
+    """A completion a prompt: ids, attn (N, P+C), mask (N, C), texts, and alive (N, 1), 1 where cut off."""
     chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": q}] for q in prompts]
     fixed = {"return_dict": True, "return_tensors": "pt", "date_string": "26 Jul 2024"}  # Llama: else today
     batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, **fixed).to(DEVICE)
@@ -85,13 +86,13 @@ def evaluate_sums(model, tokenizer, args, step):
 
 
 def group_advantages(rewards, G):
-    """(reward - mean) / (std + 1e-4) within each group of G: (N,) to (N, 1). Rewards 0 1 0 0: -0.5 1.5 -0.5 -0.5."""
+    """(reward - mean) / (std + 1e-4) in each group of G: (N,) to (N, 1). 0 1 0 0: -0.5 1.5 -0.5 -0.5."""
     groups = rewards.view(-1, G)
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantages, mask, epsilon, beta):
-    """The loss and its metrics: log-probs, mask (N, C), advantages (N, 1). kl: k3 of joschu.net/blog/kl-approx.html"""
+    """Loss and metrics; log-probs, mask (N, C), advantages (N, 1); kl: k3 of joschu.net/blog/kl-approx"""
     weights = mask / mask.sum()  # a weighted sum is then the mean over all tokens of the batch
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
@@ -155,7 +156,7 @@ if __name__ == "__main__":
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)
         print(f"saved in {args.save}")
-    course = [record["reward"] for record in history]
+    course = [round(record["reward"], 3) for record in history]
     print("reward", "".join("▁▂▃▄▅▆▇█"[int(7.99 * x)] for x in course), *course[:1], "to", *course[-1:])
     seconds, speed = (sum(record[key] for record in history) for key in ("seconds", "tokens_per_s"))
     peak = torch.mps.driver_allocated_memory() if DEVICE == "mps" else torch.cuda.max_memory_allocated()

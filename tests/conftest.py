@@ -5,6 +5,7 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +46,15 @@ def run(tmp_path):
         return done
 
     return run
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """main("minimal_grpo.py --steps 2"): the globals that the script leaves behind."""
+
+    def main(command):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", command.split())
+        return runpy.run_path(sys.argv[0], run_name="__main__")
+
+    return main

@@ -4,25 +4,10 @@ Catches what still learns and is wrong: groups that mix prompts, an old_logp mad
 learning rate that stays, metrics over padding, a gradient that is neither checked nor scaled.
 """
 
-import runpy
-import sys
-
 import minimal_grpo
 import pytest
 import torch
-from conftest import ROOT
-
-
-@pytest.fixture
-def main(monkeypatch):
-    """main("minimal_grpo.py --steps 2"): the globals that the script leaves behind."""
-
-    def main(command):
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", command.split())
-        return runpy.run_path(sys.argv[0], run_name="__main__")
-
-    return main
+from conftest import PRESENT
 
 
 def same(a, b):
@@ -99,3 +84,32 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(main, tiny, mon
     with pytest.raises(SystemExit, match="step 0.*non-finite"):
         main("minimal_grpo.py --steps 2")
     assert not stepped and "after" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [name for name in PRESENT if name.startswith("minimal")])
+def test_gradients_are_made_anew_and_scaled_to_1(main, script):
+    """With a learning rate of 0 the last gradient can be taken again: from the last loss alone, scaled down to 1."""
+    critic = " --critic-lr 0" if script == "minimal_ppo" else ""
+    g = main(f"{script}.py --steps 2 --lr 0 --batch-size 2{critic}")
+    for part in ("model", "critic") if critic else ("model",):
+        norm = torch.stack([p.grad.norm() for p in g[part].parameters()]).norm()
+        assert norm <= 1 + 1e-4
+    if script == "minimal_sft":
+        logp = g["completion_logp"](g["model"], g["ids"], g["attn"], g["mask"])
+        grads = torch.autograd.grad(g["sft_loss"](logp, g["mask"]), list(g["model"].parameters()))
+        assert torch.stack([x.norm() for x in grads]).norm().item() == pytest.approx(
+            g["grad_norm"].item(), rel=1e-3
+        )
+
+
+@pytest.mark.parametrize("script", PRESENT)
+def test_each_update_starts_without_a_gradient(main, monkeypatch, script):
+    """Seen by the optimizer's own step: what it applies is the gradient of one backward pass, not of all so far."""
+    backward, passes = torch.Tensor.backward, []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: (passes.append(self), backward(self))[1])
+    cleared, zero_grad = [], torch.optim.AdamW.zero_grad
+    monkeypatch.setattr(
+        torch.optim.AdamW, "zero_grad", lambda self: (cleared.append(len(passes)), zero_grad(self))[1]
+    )
+    main(f"{script}.py --steps 3 --batch-size 1")
+    assert cleared == list(range(len(passes))) and len(passes) >= 3

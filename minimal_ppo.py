@@ -1,0 +1,181 @@
+"""PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7, 9): a critic tells which tokens beat expectation.
+
+    advantage_t = delta_t + gamma * lam * advantage_t+1, with delta_t = reward_t + gamma * value_t+1 - value_t
+    ratio      = exp(logp - old_logp)
+    surrogate  = min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages)
+    objective  = surrogate - (value - return)^2 / 2, with return_t = advantage_t + value_t before whitening
+
+GAE: 1506.02438, eq. 16. As in InstructGPT (2203.02155) a token's reward is -beta * (old_logp - ref_logp),
+the last's also the task's. Differences: whitened advantages, no minibatches, a completion cut off counts
+as ended, falling learning rates; prompts repeat only to have GRPO's batch. Run: uv run minimal_ppo.py
+"""
+
+import argparse, copy, json, os, random, sys, time
+import dotenv, torch
+
+dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFLINE when it is imported
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+TINY = "tests/tiny-qwen"  # stands in for MODEL where there is no GPU
+SYSTEM = "Work out the sum. Give the result between <answer> and </answer>."
+SUMS = {f"What is {a} + {b}?": a + b for a in range(10) for b in range(10)}
+
+
+def parse_args():
+    """The command line, every value checked before anything is loaded; in a notebook the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    model = TINY if DEVICE == "cpu" and os.path.isdir(TINY) else MODEL
+    flags = {"model": model, "steps": 30, "batch-size": 8, "group-size": 8, "max-new-tokens": 48, "lr": 5e-6}
+    flags |= {"update-epochs": 2, "epsilon": 0.2, "beta": 0.05, "gamma": 1.0, "lam": 0.95, "critic-lr": 1e-5}
+    for name, default in (flags | {"seed": 0, "log": os.devnull, "save": ""}).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
+    args = parser.parse_args([] if "ipykernel" in sys.modules else None)
+    for name, value in vars(args).items():
+        least, most = (0, 1) if type(value) is float else ({"group_size": 2, "seed": 0}.get(name, 1), 10**9)
+        if not isinstance(value, str) and not least <= value <= most:  # neither nan nor inf is
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is not from {least} to {most}")
+    try:
+        if args.save and (os.makedirs(args.save, exist_ok=True) or os.listdir(args.save)):
+            parser.error(f"argument --save: {args.save} is not empty")
+        args.log = open(args.log, "w", buffering=1)
+    except OSError as error:
+        parser.error(f"argument --save or --log: {error}")
+    return args
+
+
+def sum_reward(completion, answer):
+    """1.0 for exactly one pair of answer tags with exactly the answer in it, else 0.0."""
+    return float(completion.count("answer>") == 2 and f"<answer>{answer}</answer>" in completion)
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
+    """A completion a prompt: ids, attn (N, P+C), mask (N, C), texts, and alive (N, 1), 1 where cut off."""
+    chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": q}] for q in prompts]
+    fixed = {"return_dict": True, "return_tensors": "pt", "date_string": "26 Jul 2024"}  # Llama: else today
+    batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, **fixed).to(DEVICE)
+    ids, attn = batch["input_ids"], batch["attention_mask"]  # no position_ids: rotary ones are relative
+    P, tokens, cache, alive = ids.shape[1], ids, None, torch.ones_like(attn[:, :1])
+    eos = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=DEVICE)
+    while alive.any() and ids.shape[1] < P + max_new_tokens:
+        out = model(tokens, attention_mask=attn, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, probs = out.past_key_values, out.logits[:, -1].float().softmax(-1)
+        probs = probs.cpu() if DEVICE == "mps" else probs  # multinomial on MPS can draw impossible tokens
+        tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)
+        tokens = tokens.to(DEVICE).where(alive == 1, tokenizer.pad_token_id)
+        ids, attn = torch.cat([ids, tokens], 1), torch.cat([attn, alive], 1)
+        alive = alive * ~torch.isin(tokens, eos)  # attn grew first: the end-of-turn token is in the mask
+    return ids, attn, attn[:, P:].float(), tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True), alive
+
+
+def completion_logp(model, ids, attn, mask):
+    """Log-prob of each completion token given all before it, 0 after the end: (N, C)."""
+    C = mask.shape[1]  # the last token is not fed: it predicts nothing
+    logits = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C).logits.float()
+    return (logits.gather(-1, ids[:, -C:, None]).squeeze(-1) - logits.logsumexp(-1)) * mask
+
+
+def evaluate_sums(model, tokenizer, args, step):
+    """Prints and logs the greedy accuracy on all 100 sums, and shows three of the completions."""
+    texts = sample(model, tokenizer, SUMS, args.max_new_tokens, greedy=True)[3]
+    accuracy, shown = sum(map(sum_reward, texts, SUMS.values())) / len(SUMS), list(zip(SUMS, texts))[9::40]
+    print(f"{'after' if step else 'before'}: accuracy {accuracy:.2f} on {len(SUMS)} sums", *shown, sep="\n  ")
+    print(json.dumps({"step": step, "eval": {"accuracy": accuracy}}), file=args.log)
+
+
+def completion_values(critic, ids, attn, mask):
+    """The critic's value of the text before each completion token, 0 after the end: (N, C)."""
+    out = critic(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=mask.shape[1])
+    return out.logits.squeeze(-1) * mask
+
+
+def gae(rewards, values, gamma, lam):
+    """Advantages and returns from each token's reward and value, which are 0 after the end: all (N, C)."""
+    advantages = rewards + gamma * torch.nn.functional.pad(values, (-1, 1)) - values  # the deltas, so far
+    for t in reversed(range(values.shape[1] - 1)):
+        advantages[:, t] += gamma * lam * advantages[:, t + 1]
+    return advantages, advantages + values
+
+
+def ppo_loss(logp, old_logp, advantages, values, returns, mask, epsilon):
+    """The losses of policy and critic, added, and their metrics; all inputs (N, C)."""
+    weights = mask / mask.sum()  # a weighted sum is then the mean over all tokens of the batch
+    ratio = torch.exp(logp - old_logp)
+    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    value_loss = 0.5 * ((values - returns) ** 2 * weights).sum()
+    clipped = surrogate < ratio * advantages
+    metrics = {"value_loss": value_loss.item(), "clip_frac": (clipped * weights).sum().item()}
+    return -((surrogate * weights).sum() - value_loss), metrics
+
+
+if __name__ == "__main__":
+    args, history = parse_args(), []
+    set_seed(args.seed)
+    try:  # float32, because in their own bf16 small updates would be rounded away
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+        tokenizer.get_chat_template()  # raises where there is none
+    except (OSError, ValueError) as error:
+        hint = f"(gated: accept the licence, HF_TOKEN=... in .env; offline: --model {TINY})"
+        sys.exit(f"--model {args.model}: {str(error).splitlines()[0]:.300} {hint}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
+    facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
+    print(f"minimal_ppo.py: {args.model} (the real one: --model {MODEL}), {facts}")
+    reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
+    critic = copy.deepcopy(model)  # its head, untied from the embeddings, starts at 0, and so do the values
+    critic.lm_head.weight = torch.nn.Parameter(torch.zeros(1, model.config.hidden_size, device=DEVICE))
+    optimizer = torch.optim.AdamW([{"params": m.parameters()} for m in (model, critic)], weight_decay=0.0)
+    evaluate_sums(model, tokenizer, args, 0)
+    try:
+        for step in range(args.steps):
+            # 1. sample
+            start = time.perf_counter()
+            prompts = [q for q in random.choices([*SUMS], k=args.batch_size) for _ in range(args.group_size)]
+            ids, attn, mask, texts, alive = sample(model, tokenizer, prompts, args.max_new_tokens)
+            tokens_per_s = round(mask.sum().item() / (time.perf_counter() - start))
+            # 2. reward
+            rewards = torch.tensor([sum_reward(t, SUMS[q]) for t, q in zip(texts, prompts)], device=DEVICE)
+            # 3. advantages
+            old_logp = completion_logp(model, ids, attn, mask).detach()  # already now: the rewards need it
+            ref_logp = completion_logp(reference, ids, attn, mask) if args.beta else old_logp
+            token_rewards = -args.beta * (old_logp - ref_logp)
+            token_rewards[range(len(mask)), mask.sum(1).long() - 1] += rewards
+            old_values = completion_values(critic, ids, attn, mask).detach()
+            advantages, returns = gae(token_rewards, old_values, args.gamma, args.lam)
+            real = advantages[mask == 1]  # whitened only now, for the returns need the true scale
+            advantages = (advantages - real.mean()) / (real.std() + 1e-4)
+            # 4. update
+            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+            optimizer.param_groups[1]["lr"] = args.critic_lr * (1 - step / args.steps)
+            for epoch in range(args.update_epochs):
+                logp = completion_logp(model, ids, attn, mask)
+                values = completion_values(critic, ids, attn, mask)
+                loss, metrics = ppo_loss(logp, old_logp, advantages, values, returns, mask, args.epsilon)
+                optimizer.zero_grad()
+                loss.backward()
+                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+                torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0, error_if_nonfinite=True)
+                optimizer.step()
+            metrics["kl"] = ((old_logp - ref_logp).sum() / mask.sum()).item()
+            # 5. report
+            record = {"step": step, "reward": rewards.mean().item(), **metrics, "grad_norm": grad_norm.item()}
+            record |= {"length": mask.sum(1).mean().item(), "finished": 1 - alive.float().mean().item()}
+            history.append(record | {"tokens_per_s": tokens_per_s, "seconds": time.perf_counter() - start})
+            print(json.dumps(history[-1]), file=args.log)
+            print(*(f"{k} {round(v, 3):g} " for k, v in history[-1].items()), repr(texts[0])[:40], flush=True)
+    except KeyboardInterrupt:
+        print("Ctrl-C: evaluating and saving what has been learned; once more stops at once")
+    except RuntimeError as error:  # a gradient or a weight is not finite, or memory has run out
+        sys.exit(f"stopped in step {step}, nothing saved: {error}")
+    evaluate_sums(model, tokenizer, args, len(history))
+    if args.save:
+        model.save_pretrained(args.save)
+        tokenizer.save_pretrained(args.save)
+        print(f"saved in {args.save}")
+    course = [round(record["reward"], 3) for record in history]
+    print("reward", "".join("▁▂▃▄▅▆▇█"[int(7.99 * x)] for x in course), *course[:1], "to", *course[-1:])
+    seconds, speed = (sum(record[key] for record in history) for key in ("seconds", "tokens_per_s"))
+    peak = torch.mps.driver_allocated_memory() if DEVICE == "mps" else torch.cuda.max_memory_allocated()
+    print(f"{seconds:.0f} s, {speed / max(1, len(history)):.0f} tokens/s, GPU memory {peak / 2**30:.1f} GiB")
