@@ -92,7 +92,7 @@ def group_advantages(rewards, G):
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantages, mask, epsilon, beta):
-    """Loss and metrics; log-probs, mask (N, C), advantages (N, 1); kl: k3 of joschu.net/blog/kl-approx"""
+    """Loss, metrics; log-probs, mask (N, C), advantages (N, 1); kl: k3 of joschu.net/blog/kl-approx.html"""
     weights = mask / mask.sum()  # a weighted sum is then the mean over all tokens of the batch
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
