@@ -16,8 +16,7 @@ dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFL
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-TINY = "tests/tiny-qwen"  # stands in for MODEL where there is no GPU
+MODEL, TINY = "Qwen/Qwen2.5-0.5B-Instruct", "tests/tiny-qwen"  # without a GPU TINY stands in for MODEL
 SYSTEM = "Work out the sum. Give the result between <answer> and </answer>."
 SUMS = {f"What is {a} + {b}?": a + b for a in range(10) for b in range(10)}
 
@@ -105,8 +104,8 @@ def dpo_loss(logp, ref_logp, beta):
     """Loss and metrics, from the summed log-probs of N chosen completions, then of N rejected ones: (2N,)."""
     (chosen, rejected), (chosen_ref, rejected_ref) = logp.chunk(2), ref_logp.chunk(2)
     margin = beta * ((chosen - chosen_ref) - (rejected - rejected_ref))
-    metrics = {"margin": margin.mean().item(), "accuracy": (margin > 0).float().mean().item()}
-    metrics |= {"chosen_logp": chosen.mean().item(), "rejected_logp": rejected.mean().item()}
+    metrics = {"margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
+    metrics |= {"chosen_logp": chosen.mean(), "rejected_logp": rejected.mean()}
     return -torch.nn.functional.logsigmoid(margin).mean(), metrics
 
 
@@ -118,12 +117,11 @@ if __name__ == "__main__":
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
         tokenizer.get_chat_template()  # raises where there is none
     except (OSError, ValueError) as error:
-        hint = f"(gated: accept the licence, HF_TOKEN=... in .env; offline: --model {TINY})"
-        sys.exit(f"--model {args.model}: {str(error).splitlines()[0]:.300} {hint}")
+        sys.exit(f"--model {args.model}: {error} (HF_TOKEN=... in .env? --model {TINY}?)".replace("\n", " "))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
     facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
     print(f"minimal_dpo.py: {args.model} (the real one: --model {MODEL}), {facts}")
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.Adam(model.parameters())
     evaluate_sums(model, tokenizer, args, 0)
     batches, ref_logps = [], []
     for _ in range(args.steps):  # all batches now, for the reference is the policy that has not yet moved
@@ -135,7 +133,7 @@ if __name__ == "__main__":
     try:
         for step in range(args.steps):
             # no 1. to 3.: the completions are given, and nothing is to be rewarded
-            start = time.perf_counter()
+            start = time.time()
             ids, attn, mask, texts = batches[step]
             # 4. update
             optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
@@ -146,9 +144,9 @@ if __name__ == "__main__":
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
             optimizer.step()
             # 5. report
-            record = {"step": step, "loss": loss.item(), **metrics, "grad_norm": grad_norm.item()}
-            tokens_per_s = round(mask.sum().item() / (time.perf_counter() - start))
-            history.append(record | {"tokens_per_s": tokens_per_s, "seconds": time.perf_counter() - start})
+            record = {"step": step, "loss": loss, **metrics, "grad_norm": grad_norm}
+            record |= {"tokens": mask.sum(), "seconds": time.time() - start}
+            history.append({k: torch.as_tensor(v).item() for k, v in record.items()})
             print(json.dumps(history[-1]), file=args.log)
             print(*(f"{k} {round(v, 3):g} " for k, v in history[-1].items()), repr(texts[0])[:40], flush=True)
     except KeyboardInterrupt:
@@ -160,9 +158,8 @@ if __name__ == "__main__":
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)
         print(f"saved in {args.save}")
-    course = [round(record["loss"], 3) for record in history]
-    blocks = "".join("▁▂▃▄▅▆▇█"[int(7.99 * x / max(*course, 1e-3))] for x in course)
-    print("loss", blocks, *course[:1], "to", *course[-1:])
-    seconds, speed = (sum(record[key] for record in history) for key in ("seconds", "tokens_per_s"))
+    curve, seconds, tokens = ([round(r[key], 3) for r in history] for key in ("loss", "seconds", "tokens"))
+    blocks = "".join("▁▂▃▄▅▆▇█"[int(7.99 * x / max(*curve, 1e-3))] for x in curve)
+    print("loss", blocks, *curve[:1], "to", *curve[-1:])
     peak = torch.mps.driver_allocated_memory() if DEVICE == "mps" else torch.cuda.max_memory_allocated()
-    print(f"{seconds:.0f} s, {speed / max(1, len(history)):.0f} tokens/s, GPU memory {peak / 2**30:.1f} GiB")
+    print(f"{sum(seconds):.0f} s, {sum(tokens) / sum(seconds, 1e-9):.0f} tokens/s, GPU {peak // 2**20} MiB")

@@ -1,9 +1,8 @@
 """GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3, 4): make likelier what beats its group's mean.
 
-    advantages = (rewards - group mean) / (group std + 1e-4)
-    ratio      = exp(logp - old_logp)
-    surrogate  = min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages)
-    objective  = surrogate - beta * kl, where kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
+    advantage = (reward - group mean) / (group std + 1e-4)
+    surrogate = min(ratio * advantage, clip(ratio, 1 ± epsilon) * advantage), ratio = exp(logp - old_logp)
+    objective = surrogate - beta * kl, where kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
 
 Differences from the paper: each token of the batch weighs the same, not each completion, or tokens of long
 wrong ones would be punished less (DAPO, arXiv 2503.14476); two updates a batch, as at first the ratio is 1
@@ -17,8 +16,7 @@ dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFL
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-TINY = "tests/tiny-qwen"  # stands in for MODEL where there is no GPU
+MODEL, TINY = "Qwen/Qwen2.5-0.5B-Instruct", "tests/tiny-qwen"  # without a GPU TINY stands in for MODEL
 SYSTEM = "Work out the sum. Give the result between <answer> and </answer>."
 SUMS = {f"What is {a} + {b}?": a + b for a in range(10) for b in range(10)}
 
@@ -91,14 +89,12 @@ def group_advantages(rewards, G):
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
 
 
-def grpo_loss(logp, old_logp, ref_logp, advantages, mask, epsilon, beta):
+def grpo_loss(logp, old_logp, ref_logp, advantages, weights, epsilon, beta):
     """Loss, metrics; log-probs, mask (N, C), advantages (N, 1); kl: k3 of joschu.net/blog/kl-approx.html"""
-    weights = mask / mask.sum()  # a weighted sum is then the mean over all tokens of the batch
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)
-    clipped = surrogate < ratio * advantages
-    metrics = {"kl": (kl * weights).sum().item(), "clip_frac": (clipped * weights).sum().item()}
+    metrics = {"kl": (kl * weights).sum(), "clip_frac": ((surrogate < ratio * advantages) * weights).sum()}
     return -((surrogate - beta * kl) * weights).sum(), metrics
 
 
@@ -110,41 +106,43 @@ if __name__ == "__main__":
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
         tokenizer.get_chat_template()  # raises where there is none
     except (OSError, ValueError) as error:
-        hint = f"(gated: accept the licence, HF_TOKEN=... in .env; offline: --model {TINY})"
-        sys.exit(f"--model {args.model}: {str(error).splitlines()[0]:.300} {hint}")
+        sys.exit(f"--model {args.model}: {error} (HF_TOKEN=... in .env? --model {TINY}?)".replace("\n", " "))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
     facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
     print(f"minimal_grpo.py: {args.model} (the real one: --model {MODEL}), {facts}")
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.Adam(model.parameters())
     evaluate_sums(model, tokenizer, args, 0)
     try:
         for step in range(args.steps):
             # 1. sample
-            start = time.perf_counter()
+            start = time.time()
             prompts = [q for q in random.choices([*SUMS], k=args.batch_size) for _ in range(args.group_size)]
             ids, attn, mask, texts, alive = sample(model, tokenizer, prompts, args.max_new_tokens)
-            tokens_per_s = round(mask.sum().item() / (time.perf_counter() - start))
             # 2. reward
             rewards = torch.tensor([sum_reward(t, SUMS[q]) for t, q in zip(texts, prompts)], device=DEVICE)
             # 3. advantages
             advantages = group_advantages(rewards, args.group_size)
             # 4. update
+            weights = mask / mask.sum()  # a weighted sum is the mean over all tokens of the batch
             optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
             for epoch in range(args.update_epochs):
                 logp = completion_logp(model, ids, attn, mask)
                 if epoch == 0:
                     old_logp = logp.detach()  # no pass of its own: the ratio is exactly 1 here
                     ref_logp = completion_logp(reference, ids, attn, mask) if args.beta else old_logp
-                loss, metrics = grpo_loss(logp, old_logp, ref_logp, advantages, mask, args.epsilon, args.beta)
+                loss, metrics = grpo_loss(
+                    logp, old_logp, ref_logp, advantages, weights, args.epsilon, args.beta
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
                 optimizer.step()
             # 5. report
-            record = {"step": step, "reward": rewards.mean().item(), **metrics, "grad_norm": grad_norm.item()}
-            record |= {"length": mask.sum(1).mean().item(), "finished": 1 - alive.float().mean().item()}
-            history.append(record | {"tokens_per_s": tokens_per_s, "seconds": time.perf_counter() - start})
+            record = {"step": step, "reward": rewards.mean(), **metrics}
+            record |= {"grad_norm": grad_norm, "finished": 1 - alive.float().mean()}
+            record |= {"length": mask.sum(1).mean(), "tokens": mask.sum(), "seconds": time.time() - start}
+            history.append({k: torch.as_tensor(v).item() for k, v in record.items()})
             print(json.dumps(history[-1]), file=args.log)
             print(*(f"{k} {round(v, 3):g} " for k, v in history[-1].items()), repr(texts[0])[:40], flush=True)
     except KeyboardInterrupt:
@@ -156,8 +154,7 @@ if __name__ == "__main__":
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)
         print(f"saved in {args.save}")
-    course = [round(record["reward"], 3) for record in history]
-    print("reward", "".join("▁▂▃▄▅▆▇█"[int(7.99 * x)] for x in course), *course[:1], "to", *course[-1:])
-    seconds, speed = (sum(record[key] for record in history) for key in ("seconds", "tokens_per_s"))
+    curve, seconds, tokens = ([round(r[key], 3) for r in history] for key in ("reward", "seconds", "tokens"))
+    print("reward", "".join("▁▂▃▄▅▆▇█"[max(0, int(7.99 * x))] for x in curve), *curve[:1], "to", *curve[-1:])
     peak = torch.mps.driver_allocated_memory() if DEVICE == "mps" else torch.cuda.max_memory_allocated()
-    print(f"{seconds:.0f} s, {speed / max(1, len(history)):.0f} tokens/s, GPU memory {peak / 2**30:.1f} GiB")
+    print(f"{sum(seconds):.0f} s, {sum(tokens) / sum(seconds, 1e-9):.0f} tokens/s, GPU {peak // 2**20} MiB")

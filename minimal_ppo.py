@@ -1,13 +1,11 @@
 """PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7, 9): a critic tells which tokens beat expectation.
 
     advantage_t = delta_t + gamma * lam * advantage_t+1, with delta_t = reward_t + gamma * value_t+1 - value_t
-    ratio      = exp(logp - old_logp)
-    surrogate  = min(ratio * advantages, clip(ratio, 1 - epsilon, 1 + epsilon) * advantages)
-    objective  = surrogate - (value - return)^2 / 2, with return_t = advantage_t + value_t before whitening
+    surrogate = min(ratio * advantage, clip(ratio, 1 ± epsilon) * advantage), ratio = exp(logp - old_logp)
+    objective = surrogate - (value - return)^2 / 2, with return_t = advantage_t + value_t before whitening
 
-GAE: 1506.02438, eq. 16. As in InstructGPT (2203.02155) a token's reward is -beta * (old_logp - ref_logp),
-the last's also the task's. Differences: whitened advantages, no minibatches, a completion cut off counts
-as ended, falling learning rates; prompts repeat only to have GRPO's batch. Run: uv run minimal_ppo.py
+A token's reward is -beta * (old_logp - ref_logp), the last's also the task's (InstructGPT, 2203.02155).
+Differences: whitened advantages, no minibatches, the policy's rate falls. Run: uv run minimal_ppo.py
 """
 
 import argparse, copy, json, os, random, sys, time
@@ -17,8 +15,7 @@ dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFL
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-TINY = "tests/tiny-qwen"  # stands in for MODEL where there is no GPU
+MODEL, TINY = "Qwen/Qwen2.5-0.5B-Instruct", "tests/tiny-qwen"  # without a GPU TINY stands in for MODEL
 SYSTEM = "Work out the sum. Give the result between <answer> and </answer>."
 SUMS = {f"What is {a} + {b}?": a + b for a in range(10) for b in range(10)}
 
@@ -85,28 +82,25 @@ def evaluate_sums(model, tokenizer, args, step):
     print(json.dumps({"step": step, "eval": {"accuracy": accuracy}}), file=args.log)
 
 
-def completion_values(critic, ids, attn, mask):
+def critic_values(critic, ids, attn, mask):
     """The critic's value of the text before each completion token, 0 after the end: (N, C)."""
-    out = critic(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=mask.shape[1])
-    return out.logits.squeeze(-1) * mask
+    return critic(ids, attention_mask=attn, use_cache=False).logits[:, -mask.shape[1] - 1 : -1, 0] * mask
 
 
 def gae(rewards, values, gamma, lam):
-    """Advantages and returns from each token's reward and value, which are 0 after the end: all (N, C)."""
+    """GAE (1506.02438, eq. 16): advantages and returns; rewards and values are 0 after the end; all (N, C)."""
     advantages = rewards + gamma * torch.nn.functional.pad(values, (-1, 1)) - values  # the deltas, so far
     for t in reversed(range(values.shape[1] - 1)):
         advantages[:, t] += gamma * lam * advantages[:, t + 1]
     return advantages, advantages + values
 
 
-def ppo_loss(logp, old_logp, advantages, values, returns, mask, epsilon):
+def ppo_loss(logp, old_logp, advantages, values, returns, weights, epsilon):
     """The losses of policy and critic, added, and their metrics; all inputs (N, C)."""
-    weights = mask / mask.sum()  # a weighted sum is then the mean over all tokens of the batch
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     value_loss = 0.5 * ((values - returns) ** 2 * weights).sum()
-    clipped = surrogate < ratio * advantages
-    metrics = {"value_loss": value_loss.item(), "clip_frac": (clipped * weights).sum().item()}
+    metrics = {"value_loss": value_loss, "clip_frac": ((surrogate < ratio * advantages) * weights).sum()}
     return -((surrogate * weights).sum() - value_loss), metrics
 
 
@@ -118,51 +112,47 @@ if __name__ == "__main__":
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
         tokenizer.get_chat_template()  # raises where there is none
     except (OSError, ValueError) as error:
-        hint = f"(gated: accept the licence, HF_TOKEN=... in .env; offline: --model {TINY})"
-        sys.exit(f"--model {args.model}: {str(error).splitlines()[0]:.300} {hint}")
+        sys.exit(f"--model {args.model}: {error} (HF_TOKEN=... in .env? --model {TINY}?)".replace("\n", " "))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
     facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
     print(f"minimal_ppo.py: {args.model} (the real one: --model {MODEL}), {facts}")
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
     critic = copy.deepcopy(model)  # its head, untied from the embeddings, starts at 0, and so do the values
     critic.lm_head.weight = torch.nn.Parameter(torch.zeros(1, model.config.hidden_size, device=DEVICE))
-    optimizer = torch.optim.AdamW([{"params": m.parameters()} for m in (model, critic)], weight_decay=0.0)
+    optimizer = torch.optim.Adam([{"params": m.parameters()} for m in (model, critic)], lr=args.critic_lr)
     evaluate_sums(model, tokenizer, args, 0)
     try:
         for step in range(args.steps):
             # 1. sample
-            start = time.perf_counter()
+            start = time.time()
             prompts = [q for q in random.choices([*SUMS], k=args.batch_size) for _ in range(args.group_size)]
             ids, attn, mask, texts, alive = sample(model, tokenizer, prompts, args.max_new_tokens)
-            tokens_per_s = round(mask.sum().item() / (time.perf_counter() - start))
             # 2. reward
             rewards = torch.tensor([sum_reward(t, SUMS[q]) for t, q in zip(texts, prompts)], device=DEVICE)
             # 3. advantages
             old_logp = completion_logp(model, ids, attn, mask).detach()  # already now: the rewards need it
-            ref_logp = completion_logp(reference, ids, attn, mask) if args.beta else old_logp
-            token_rewards = -args.beta * (old_logp - ref_logp)
-            token_rewards[range(len(mask)), mask.sum(1).long() - 1] += rewards
-            old_values = completion_values(critic, ids, attn, mask).detach()
+            kl = old_logp - (completion_logp(reference, ids, attn, mask) if args.beta else old_logp)
+            token_rewards = -args.beta * kl
+            token_rewards[range(len(mask)), mask.sum(1).long() - 1] += rewards  # also where it was cut off
+            old_values = critic_values(critic, ids, attn, mask).detach()
             advantages, returns = gae(token_rewards, old_values, args.gamma, args.lam)
-            real = advantages[mask == 1]  # whitened only now, for the returns need the true scale
-            advantages = (advantages - real.mean()) / (real.std() + 1e-4)
+            advantages = (advantages - advantages[mask == 1].mean()) / (advantages[mask == 1].std() + 1e-4)
             # 4. update
+            weights = mask / mask.sum()  # a weighted sum is the mean over all tokens of the batch
             optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-            optimizer.param_groups[1]["lr"] = args.critic_lr * (1 - step / args.steps)
             for epoch in range(args.update_epochs):
-                logp = completion_logp(model, ids, attn, mask)
-                values = completion_values(critic, ids, attn, mask)
-                loss, metrics = ppo_loss(logp, old_logp, advantages, values, returns, mask, args.epsilon)
+                logp, values = completion_logp(model, ids, attn, mask), critic_values(critic, ids, attn, mask)
+                loss, metrics = ppo_loss(logp, old_logp, advantages, values, returns, weights, args.epsilon)
                 optimizer.zero_grad()
                 loss.backward()
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
                 torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0, error_if_nonfinite=True)
                 optimizer.step()
-            metrics["kl"] = ((old_logp - ref_logp).sum() / mask.sum()).item()
             # 5. report
-            record = {"step": step, "reward": rewards.mean().item(), **metrics, "grad_norm": grad_norm.item()}
-            record |= {"length": mask.sum(1).mean().item(), "finished": 1 - alive.float().mean().item()}
-            history.append(record | {"tokens_per_s": tokens_per_s, "seconds": time.perf_counter() - start})
+            record = {"step": step, "reward": rewards.mean(), "kl": (kl * weights).sum(), **metrics}
+            record |= {"grad_norm": grad_norm, "finished": 1 - alive.float().mean()}
+            record |= {"length": mask.sum(1).mean(), "tokens": mask.sum(), "seconds": time.time() - start}
+            history.append({k: torch.as_tensor(v).item() for k, v in record.items()})
             print(json.dumps(history[-1]), file=args.log)
             print(*(f"{k} {round(v, 3):g} " for k, v in history[-1].items()), repr(texts[0])[:40], flush=True)
     except KeyboardInterrupt:
@@ -174,8 +164,7 @@ if __name__ == "__main__":
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)
         print(f"saved in {args.save}")
-    course = [round(record["reward"], 3) for record in history]
-    print("reward", "".join("▁▂▃▄▅▆▇█"[int(7.99 * x)] for x in course), *course[:1], "to", *course[-1:])
-    seconds, speed = (sum(record[key] for record in history) for key in ("seconds", "tokens_per_s"))
+    curve, seconds, tokens = ([round(r[key], 3) for r in history] for key in ("reward", "seconds", "tokens"))
+    print("reward", "".join("▁▂▃▄▅▆▇█"[max(0, int(7.99 * x))] for x in curve), *curve[:1], "to", *curve[-1:])
     peak = torch.mps.driver_allocated_memory() if DEVICE == "mps" else torch.cuda.max_memory_allocated()
-    print(f"{seconds:.0f} s, {speed / max(1, len(history)):.0f} tokens/s, GPU memory {peak / 2**30:.1f} GiB")
+    print(f"{sum(seconds):.0f} s, {sum(tokens) / sum(seconds, 1e-9):.0f} tokens/s, GPU {peak // 2**20} MiB")

@@ -15,8 +15,7 @@ dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFL
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-TINY = "tests/tiny-qwen"  # stands in for MODEL where there is no GPU
+MODEL, TINY = "Qwen/Qwen2.5-0.5B-Instruct", "tests/tiny-qwen"  # without a GPU TINY stands in for MODEL
 SYSTEM = "Work out the sum. Give the result between <answer> and </answer>."
 SUMS = {f"What is {a} + {b}?": a + b for a in range(10) for b in range(10)}
 
@@ -92,9 +91,9 @@ def evaluate_sums(model, tokenizer, args, step):
     print(json.dumps({"step": step, "eval": {"accuracy": accuracy}}), file=args.log)
 
 
-def sft_loss(logp, mask):
-    """Cross-entropy, averaged over all completion tokens of the batch; log-probs and mask (N, C)."""
-    return -(logp * mask).sum() / mask.sum()
+def sft_loss(logp, weights):
+    """Cross-entropy: minus the weighted sum of the completions' log-probs; both (N, C)."""
+    return -(logp * weights).sum()
 
 
 if __name__ == "__main__":
@@ -105,31 +104,31 @@ if __name__ == "__main__":
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
         tokenizer.get_chat_template()  # raises where there is none
     except (OSError, ValueError) as error:
-        hint = f"(gated: accept the licence, HF_TOKEN=... in .env; offline: --model {TINY})"
-        sys.exit(f"--model {args.model}: {str(error).splitlines()[0]:.300} {hint}")
+        sys.exit(f"--model {args.model}: {error} (HF_TOKEN=... in .env? --model {TINY}?)".replace("\n", " "))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
     facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
     print(f"minimal_sft.py: {args.model} (the real one: --model {MODEL}), {facts}")
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.Adam(model.parameters())
     evaluate_sums(model, tokenizer, args, 0)
     try:
         for step in range(args.steps):
             # no 1. to 3.: the completions are given, and nothing is to be rewarded
-            start = time.perf_counter()
+            start = time.time()
             prompts = random.choices([*SUMS], k=args.batch_size)
             texts = [f"<answer>{SUMS[q]}</answer>" for q in prompts]
             ids, attn, mask = encode_given(model, tokenizer, prompts, texts)
             # 4. update
             optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-            loss = sft_loss(completion_logp(model, ids, attn, mask), mask)
+            weights = mask / mask.sum()  # a weighted sum is the mean over all tokens of the batch
+            loss = sft_loss(completion_logp(model, ids, attn, mask), weights)
             optimizer.zero_grad()
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
             optimizer.step()
             # 5. report
-            record = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item()}
-            tokens_per_s = round(mask.sum().item() / (time.perf_counter() - start))
-            history.append(record | {"tokens_per_s": tokens_per_s, "seconds": time.perf_counter() - start})
+            record = {"step": step, "loss": loss, "grad_norm": grad_norm}
+            record |= {"tokens": mask.sum(), "seconds": time.time() - start}
+            history.append({k: torch.as_tensor(v).item() for k, v in record.items()})
             print(json.dumps(history[-1]), file=args.log)
             print(*(f"{k} {round(v, 3):g} " for k, v in history[-1].items()), repr(texts[0])[:40], flush=True)
     except KeyboardInterrupt:
@@ -141,9 +140,8 @@ if __name__ == "__main__":
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)
         print(f"saved in {args.save}")
-    course = [round(record["loss"], 3) for record in history]
-    blocks = "".join("▁▂▃▄▅▆▇█"[int(7.99 * x / max(*course, 1e-3))] for x in course)
-    print("loss", blocks, *course[:1], "to", *course[-1:])
-    seconds, speed = (sum(record[key] for record in history) for key in ("seconds", "tokens_per_s"))
+    curve, seconds, tokens = ([round(r[key], 3) for r in history] for key in ("loss", "seconds", "tokens"))
+    blocks = "".join("▁▂▃▄▅▆▇█"[int(7.99 * x / max(*curve, 1e-3))] for x in curve)
+    print("loss", blocks, *curve[:1], "to", *curve[-1:])
     peak = torch.mps.driver_allocated_memory() if DEVICE == "mps" else torch.cuda.max_memory_allocated()
-    print(f"{seconds:.0f} s, {speed / max(1, len(history)):.0f} tokens/s, GPU memory {peak / 2**30:.1f} GiB")
+    print(f"{sum(seconds):.0f} s, {sum(tokens) / sum(seconds, 1e-9):.0f} tokens/s, GPU {peak // 2**20} MiB")

@@ -7,6 +7,7 @@ import torch
 from minimal_grpo import group_advantages, grpo_loss
 
 MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+WEIGHTS = MASK / 4  # four tokens in all
 LOGP = torch.tensor([[-1.0, -0.5, -2.0], [-0.3, -9.0, -9.0]])
 OLD = torch.tensor([[-1.5, -0.5, -1.0], [-0.35, -1.0, -1.0]])
 REF = torch.tensor([[-1.2, -0.4, -2.5], [-0.9, -1.0, -1.0]])
@@ -24,15 +25,16 @@ def by_hand(epsilon, beta):
             total += min(ratio * a, bounded * a) - beta * kl
             kls += kl
             clipped += bounded * a < ratio * a
-    return -total / 4, kls / 4, clipped / 4  # four tokens in the mask
+    return -total / 4, kls / 4, clipped / 4
 
 
 @pytest.mark.parametrize("epsilon, beta", [(0.2, 0.0), (0.2, 0.04), (0.05, 1.0)])
 def test_loss_written_out(epsilon, beta):
-    loss, metrics = grpo_loss(LOGP, OLD, REF, ADVANTAGES, MASK, epsilon, beta)
+    loss, metrics = grpo_loss(LOGP, OLD, REF, ADVANTAGES, WEIGHTS, epsilon, beta)
     expected, kl, clip_frac = by_hand(epsilon, beta)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
-    assert metrics == pytest.approx({"kl": kl, "clip_frac": clip_frac}, abs=1e-6)
+    assert metrics.keys() == {"kl", "clip_frac"}
+    assert (metrics["kl"].item(), metrics["clip_frac"].item()) == pytest.approx((kl, clip_frac), abs=1e-6)
 
 
 def gradient(log_ratio, advantage, epsilon=0.2, ref=None, beta=0.0):
@@ -71,12 +73,12 @@ def test_kl_pulls_towards_the_reference():
 
 
 def test_kl_is_the_kl():
-    """Averaged over what the policy draws (the mask holds the probabilities), the estimate is KL(policy || reference)."""
+    """Averaged over what the policy draws (the weights are the probabilities), the estimate is KL(policy || reference)."""
     p, q = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]), torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25])
     exact = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist()))
     column = p.log()[:, None]
     _, metrics = grpo_loss(column, column, q.log()[:, None], torch.zeros(5, 1), p[:, None], 0.2, 0.04)
-    assert metrics["kl"] == pytest.approx(exact, abs=1e-6)
+    assert metrics["kl"].item() == pytest.approx(exact, abs=1e-6)
     _, same = grpo_loss(column, column, column, torch.zeros(5, 1), p[:, None], 0.2, 0.04)
     assert same["kl"] == 0
 
@@ -84,9 +86,9 @@ def test_kl_is_the_kl():
 def test_padding_has_no_say():
     logp = LOGP.clone().requires_grad_()
     noise = torch.where(MASK == 1, torch.zeros(2, 3), torch.full((2, 3), 3.0))
-    loss, metrics = grpo_loss(logp, OLD + noise, REF - noise, ADVANTAGES, MASK, 0.2, 0.04)
+    loss, metrics = grpo_loss(logp, OLD + noise, REF - noise, ADVANTAGES, WEIGHTS, 0.2, 0.04)
     loss.backward()
-    assert (loss.item(), metrics["kl"]) == pytest.approx(by_hand(0.2, 0.04)[:2], abs=1e-6)
+    assert (loss.item(), metrics["kl"].item()) == pytest.approx(by_hand(0.2, 0.04)[:2], abs=1e-6)
     assert (logp.grad[MASK == 0] == 0).all() and (logp.grad[MASK == 1] != 0).any()
 
 

@@ -43,7 +43,7 @@ def test_loss_written_out():
     torch.manual_seed(0)
     logp, old, advantages, returns = (torch.randn(3, 4) for _ in range(4))
     values = VALUES.clone().requires_grad_()
-    loss, metrics = minimal_ppo.ppo_loss(logp, old, advantages, values, returns, MASK, 0.2)
+    loss, metrics = minimal_ppo.ppo_loss(logp, old, advantages, values, returns, MASK / 7, 0.2)
     policy, value, clipped = 0.0, 0.0, 0
     for i, n in enumerate(LENGTHS):
         for t in range(n):
@@ -53,7 +53,8 @@ def test_loss_written_out():
             clipped += bounded * a < ratio * a
             value += 0.5 * (VALUES[i, t].item() - returns[i, t].item()) ** 2
     assert loss.item() == pytest.approx((value - policy) / 7, abs=1e-6)
-    assert metrics == pytest.approx({"value_loss": value / 7, "clip_frac": clipped / 7}, abs=1e-6)
+    found = {key: metric.item() for key, metric in metrics.items()}
+    assert found == pytest.approx({"value_loss": value / 7, "clip_frac": clipped / 7}, abs=1e-6)
     loss.backward()
     assert torch.allclose(values.grad, (VALUES - returns) * MASK / 7)
 
@@ -75,7 +76,7 @@ def test_a_value_is_of_what_comes_before_its_token(tiny):
         critic, tokenizer, ["What is 3 + 8?", "Hi there, what is it?"] * 3, 12
     )
     critic.lm_head.weight = torch.nn.Parameter(torch.randn(1, 128))
-    values = minimal_ppo.completion_values(critic, ids, attn, mask)
+    values = minimal_ppo.critic_values(critic, ids, attn, mask)
     for i in range(len(ids)):
         row, n = ids[i][attn[i] == 1], int(mask[i].sum())
         for t in range(n):  # the text up to token t, without it, run alone
@@ -100,21 +101,21 @@ def test_loop(main, tiny):
         start = torch.zeros_like(p) if name == "lm_head.weight" else fresh.get_parameter(name)
         assert not torch.equal(p, start), f"{name} of the critic did not move"
     assert known == {id(p) for m in ("model", "critic") for p in g[m].parameters()}
-    assert [group["lr"] for group in g["optimizer"].param_groups] == pytest.approx([1e-5 / 2, 1e-4 / 2])
+    assert [group["lr"] for group in g["optimizer"].param_groups] == pytest.approx([1e-5 / 2, 1e-4])
     assert g["optimizer"].state[g["critic"].lm_head.weight]["step"] == 4
 
     rewards = [minimal_grpo.sum_reward(t, minimal_grpo.SUMS[q]) for t, q in zip(g["texts"], g["prompts"])]
+    with torch.no_grad():
+        ref_logp = minimal_ppo.completion_logp(fresh, g["ids"], g["attn"], g["mask"])
     for i, row in enumerate(g["mask"].sum(1).int().tolist()):
         for t in range(g["mask"].shape[1]):
-            kl = (g["old_logp"][i, t] - g["ref_logp"][i, t]).item() if t < row else 0.0
+            kl = (g["old_logp"][i, t] - ref_logp[i, t]).item() if t < row else 0.0
             expected = -0.3 * kl + (rewards[i] if t == row - 1 else 0.0)
-            assert g["token_rewards"][i, t].item() == pytest.approx(expected, abs=1e-6)
-    kls = (g["old_logp"] - g["ref_logp"])[g["mask"] == 1]
-    assert g["history"][-1]["kl"] == pytest.approx(kls.mean().item(), abs=1e-6)
+            assert g["token_rewards"][i, t].item() == pytest.approx(expected, abs=1e-5)
+    kls = (g["old_logp"] - ref_logp)[g["mask"] == 1]
+    assert g["history"][-1]["kl"] == pytest.approx(kls.mean().item(), abs=1e-5)
     real = g["advantages"][g["mask"] == 1]
     assert real.mean().abs() < 1e-5 and 0.999 < real.std().item() < 1  # 1e-4 in the divisor
-    expected = minimal_ppo.completion_logp(fresh, g["ids"], g["attn"], g["mask"])
-    assert torch.allclose(expected, g["ref_logp"], atol=1e-4)
 
 
 def test_what_the_last_update_saw(main):
@@ -133,7 +134,13 @@ def test_what_the_last_update_saw(main):
 def test_the_clip_range_is_the_flag(main):
     g = main("minimal_ppo.py --steps 1 --epsilon 0.001 --lr 2e-5")
     loss, _ = minimal_ppo.ppo_loss(
-        g["logp"], g["old_logp"], g["advantages"], g["values"], g["returns"], g["mask"], 0.001
+        g["logp"],
+        g["old_logp"],
+        g["advantages"],
+        g["values"],
+        g["returns"],
+        g["mask"] / g["mask"].sum(),
+        0.001,
     )
     assert g["loss"].item() == pytest.approx(loss.item(), abs=1e-5) and g["history"][0]["clip_frac"] > 0.05
 
@@ -155,7 +162,7 @@ def test_it_learns_and_the_critic_is_worth_its_cost(main, tmp_path):
     prompts = list(minimal_ppo.SUMS) * 3
     with torch.no_grad():
         ids, attn, mask, texts, _ = g["sample"](g["model"], g["tokenizer"], prompts, 48)
-        values = minimal_ppo.completion_values(g["critic"], ids, attn, mask)
+        values = minimal_ppo.critic_values(g["critic"], ids, attn, mask)
         kl = minimal_ppo.completion_logp(g["model"], ids, attn, mask) - minimal_ppo.completion_logp(
             g["reference"], ids, attn, mask
         )

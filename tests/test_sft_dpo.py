@@ -41,7 +41,16 @@ def test_given_completions_stand_where_sampled_ones_would(given):
 def test_sft_loss_is_the_cross_entropy_of_the_completion(given):
     model, tokenizer, ids, attn, mask = given
     logp = minimal_sft.completion_logp(model, ids, attn, mask)
-    loss = minimal_sft.sft_loss(logp, mask)
+    loss = minimal_sft.sft_loss(
+        logp,
+        mask
+        / sum(
+            len(c)
+            for c in tokenizer([c + tokenizer.eos_token for c in COMPLETIONS], add_special_tokens=False)[
+                "input_ids"
+            ]
+        ),
+    )
     rows, targets = [], []
     for i in range(len(ids)):  # each row alone: no padding, labels of -100 on the prompt
         row, n = ids[i][attn[i] == 1], int(mask[i].sum())
@@ -64,7 +73,7 @@ def test_dpo_loss_by_hand():
     margins = [0.1 * ((-1.0 + 1.5) - (-3.0 + 2.0)), 0.1 * ((-4.0 + 3.0) - (-2.5 + 2.5))]  # 0.15 and -0.1
     sigmoid = [1 / (1 + math.exp(-m)) for m in margins]
     assert loss.item() == pytest.approx(-sum(map(math.log, sigmoid)) / 2)
-    assert metrics == pytest.approx(
+    assert {key: value.item() for key, value in metrics.items()} == pytest.approx(
         {"margin": 0.025, "accuracy": 0.5, "chosen_logp": -2.5, "rejected_logp": -2.75}
     )
     loss.backward()
@@ -109,7 +118,7 @@ def test_dpo_loop(main, tiny):
     assert last["loss"] == g["loss"].item() < math.log(2) and last["margin"] > 0
     expected, metrics = minimal_dpo.dpo_loss(g["logp"], g["ref_logps"][-1], 0.3)
     assert last["loss"] == pytest.approx(expected.item()) and last["margin"] == pytest.approx(
-        metrics["margin"]
+        metrics["margin"].item()
     )
     fresh, _ = tiny("qwen")
     assert not any(torch.equal(a, b) for a, b in zip(g["model"].parameters(), fresh.parameters()))
