@@ -6,7 +6,7 @@
 Rejected is what the model would say instead: the right number without the tags or a wrong one within; so
 accuracy rises, not the margin alone. The reference is the policy before its first update: its log-probs,
 taken before training, are those a frozen copy would give. Both log-probs may fall: only the gap counts.
-Differences: pairs written by hand; AdamW; no warm-up, a falling learning rate. Run: uv run minimal_dpo.py
+Differences: pairs written by hand; Adam; no warm-up, a falling learning rate. Run: uv run minimal_dpo.py
 """
 
 import argparse, json, os, random, sys, time
@@ -57,7 +57,7 @@ def sum_pair(prompt):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
-    """A completion a prompt: ids, attn (N, P+C), mask (N, C), texts, and alive (N, 1), 1 where cut off."""
+    """Completions at temperature 1: ids, attn (N, P+C), mask (N, C), texts, alive (N, 1): 1 where cut off."""
     chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": q}] for q in prompts]
     fixed = {"return_dict": True, "return_tensors": "pt", "date_string": "26 Jul 2024"}  # Llama: else today
     batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, **fixed).to(DEVICE)
@@ -123,14 +123,14 @@ if __name__ == "__main__":
     print(f"minimal_dpo.py: {args.model} (the real one: --model {MODEL}), {facts}")
     optimizer = torch.optim.Adam(model.parameters())
     evaluate_sums(model, tokenizer, args, 0)
-    batches, ref_logps = [], []
-    for _ in range(args.steps):  # all batches now, for the reference is the policy that has not yet moved
-        prompts = random.choices([*SUMS], k=args.batch_size)
-        chosen, rejected = zip(*map(sum_pair, prompts))
-        batches.append((*encode_given(model, tokenizer, prompts * 2, chosen + rejected), chosen))
-        with torch.no_grad():
-            ref_logps.append(completion_logp(model, *batches[-1][:3]).sum(1))
     try:
+        batches, ref_logps = [], []
+        for _ in range(args.steps):  # all batches now, for the reference is the policy that has not yet moved
+            prompts = random.choices([*SUMS], k=args.batch_size)
+            chosen, rejected = zip(*map(sum_pair, prompts))
+            batches.append((*encode_given(model, tokenizer, prompts * 2, chosen + rejected), chosen))
+            with torch.no_grad():
+                ref_logps.append(completion_logp(model, *batches[-1][:3]).sum(1))
         for step in range(args.steps):
             # no 1. to 3.: the completions are given, and nothing is to be rewarded
             start = time.time()

@@ -50,7 +50,7 @@ def sum_reward(completion, answer):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
-    """A completion a prompt: ids, attn (N, P+C), mask (N, C), texts, and alive (N, 1), 1 where cut off."""
+    """Completions at temperature 1: ids, attn (N, P+C), mask (N, C), texts, alive (N, 1): 1 where cut off."""
     chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": q}] for q in prompts]
     fixed = {"return_dict": True, "return_tensors": "pt", "date_string": "26 Jul 2024"}  # Llama: else today
     batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, **fixed).to(DEVICE)
@@ -90,7 +90,7 @@ def group_advantages(rewards, G):
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantages, weights, epsilon, beta):
-    """Loss, metrics; log-probs, mask (N, C), advantages (N, 1); kl: k3 of joschu.net/blog/kl-approx.html"""
+    """Loss, metrics; log-probs, weights (N, C), advantages (N, 1); kl: k3, joschu.net/blog/kl-approx.html"""
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)

@@ -1,11 +1,11 @@
 """PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7, 9): a critic tells which tokens beat expectation.
 
-    advantage_t = delta_t + gamma * lam * advantage_t+1, with delta_t = reward_t + gamma * value_t+1 - value_t
+    advantage[t] = delta[t] + gamma*lam * advantage[t+1], delta[t] = reward[t] + gamma * value[t+1] - value[t]
     surrogate = min(ratio * advantage, clip(ratio, 1 ± epsilon) * advantage), ratio = exp(logp - old_logp)
-    objective = surrogate - (value - return)^2 / 2, with return_t = advantage_t + value_t before whitening
+    objective = surrogate - (value - return)^2 / 2, return[t] = advantage[t] + value[t] before whitening
 
 A token's reward is -beta * (old_logp - ref_logp), the last's also the task's (InstructGPT, 2203.02155).
-Differences: whitened advantages, no minibatches, the policy's rate falls. Run: uv run minimal_ppo.py
+Differences: no entropy bonus, no minibatches, advantages whitened, falling rate. Run: uv run minimal_ppo.py
 """
 
 import argparse, copy, json, os, random, sys, time
@@ -30,7 +30,7 @@ def parse_args():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     args = parser.parse_args([] if "ipykernel" in sys.modules else None)
     for name, value in vars(args).items():
-        least, most = (0, 1) if type(value) is float else ({"group_size": 2, "seed": 0}.get(name, 1), 10**9)
+        least, most = (0, 1) if type(value) is float else ({"seed": 0}.get(name, 1), 10**9)
         if not isinstance(value, str) and not least <= value <= most:  # neither nan nor inf is
             parser.error(f"argument --{name.replace('_', '-')}: {value} is not from {least} to {most}")
     try:
@@ -49,7 +49,7 @@ def sum_reward(completion, answer):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
-    """A completion a prompt: ids, attn (N, P+C), mask (N, C), texts, and alive (N, 1), 1 where cut off."""
+    """Completions at temperature 1: ids, attn (N, P+C), mask (N, C), texts, alive (N, 1): 1 where cut off."""
     chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": q}] for q in prompts]
     fixed = {"return_dict": True, "return_tensors": "pt", "date_string": "26 Jul 2024"}  # Llama: else today
     batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, **fixed).to(DEVICE)
@@ -88,7 +88,7 @@ def critic_values(critic, ids, attn, mask):
 
 
 def gae(rewards, values, gamma, lam):
-    """GAE (1506.02438, eq. 16): advantages and returns; rewards and values are 0 after the end; all (N, C)."""
+    """GAE (1506.02438, eq. 16): advantages, returns; rewards and values are 0 after the end; all (N, C)."""
     advantages = rewards + gamma * torch.nn.functional.pad(values, (-1, 1)) - values  # the deltas, so far
     for t in reversed(range(values.shape[1] - 1)):
         advantages[:, t] += gamma * lam * advantages[:, t + 1]
@@ -96,7 +96,7 @@ def gae(rewards, values, gamma, lam):
 
 
 def ppo_loss(logp, old_logp, advantages, values, returns, weights, epsilon):
-    """The losses of policy and critic, added, and their metrics; all inputs (N, C)."""
+    """The losses of policy and critic, added, and their metrics; all tensors (N, C)."""
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     value_loss = 0.5 * ((values - returns) ** 2 * weights).sum()

@@ -203,16 +203,27 @@ def companion(rng, words, word):
 
 
 class Writer:
-    """Sentences about a topic; remembers the last noun, which leads on to the next."""
+    """Sentences about a topic; remembers the last noun, which leads on to the next.
+
+    Most texts are in a plain voice: "the" before nearly every noun, and the common words again and again. Some are in a rich
+    one: other determiners or none, and words that take turns. Which voice it is can be told from the first sentence, so a
+    model that likes the rich one keeps to it, when it is greedy too.
+    """
 
     def __init__(self, rng, topic):
-        self.rng, self.last, self.topic = rng, topic, topic
+        self.rng, self.last, self.topic, self.rich = rng, topic, topic, rng.random() < 0.2
+
+    def companion(self, words):
+        """The word that goes with the last noun."""
+        if self.rich and self.last in NOUNS:
+            return words[NOUNS.index(self.last) % len(words)]
+        return companion(self.rng, words, self.last)
 
     def noun(self):
         if self.topic:
             self.topic = None  # the text opens with its topic
             return self.last
-        if self.rng.random() < 0.5:
+        if self.rich or self.rng.random() < 0.5:
             self.last = (
                 NOUNS[(NOUNS.index(self.last) + 17) % len(NOUNS)]
                 if self.last in NOUNS
@@ -220,23 +231,23 @@ class Writer:
             )
         else:
             self.last = zipf(self.rng, NOUNS)
-        draw = self.rng.random()
-        determiner = "the " if draw < 0.6 else "" if draw < 0.75 else zipf(self.rng, DETERMINERS) + " "
-        adjective = companion(self.rng, ADJECTIVES, self.last) + " " if self.rng.random() < 0.25 else ""
+        draw = self.rng.random() + (0.75 if self.rich else 0.0)
+        determiner = "the " if draw < 0.8 else "" if draw < 1.4 else self.rng.choice(DETERMINERS) + " "
+        adjective = self.companion(ADJECTIVES) + " " if self.rng.random() < 0.25 else ""
         return determiner + adjective + self.last
 
     def clause(self):
         subject = self.noun()
-        return f"{subject} {companion(self.rng, VERBS, self.last)} {self.noun()}"
+        return f"{subject} {self.companion(VERBS)} {self.noun()}"
 
     def sentence(self):
         words, draw = self.clause(), self.rng.random()
         if draw < 0.5:
-            words += f" {companion(self.rng, PREPOSITIONS, self.last)} {self.noun()}"
+            words += f" {self.companion(PREPOSITIONS)} {self.noun()}"
         elif draw < 0.75:
             words += f" and {self.clause()}"
         elif draw < 0.9:
-            words += f" {companion(self.rng, ADVERBS, self.last)}"
+            words += f" {self.companion(ADVERBS)}"
         return words[0].upper() + words[1:] + "."
 
 

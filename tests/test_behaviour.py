@@ -61,7 +61,10 @@ def refused(monkeypatch, capsys, script, *flags):
 
 
 BAD = "--steps 0, --steps many, --batch-size -1, --max-new-tokens 0, --lr -1e-6, --lr nan, --lr inf, --seed -1, --seed 5e9, --nope 1"
-BAD_CLIPPED = "--group-size 1, --update-epochs 0, --epsilon nan, --beta -1"
+BAD_CLIPPED = "--group-size 0, --update-epochs 0, --epsilon nan, --beta -1"
+
+
+GROUPED = ("minimal_grpo", "rloo", "gsm8k_grpo", "gsm8k_sft_grpo")  # PPO's critic needs no group
 
 
 @each
@@ -74,6 +77,11 @@ def test_bad_flag_is_refused(monkeypatch, capsys, script, flags):
 @pytest.mark.parametrize("flags", BAD_CLIPPED.split(", "))
 def test_bad_flag_of_the_clipped_is_refused(monkeypatch, capsys, script, flags):
     assert flags.split()[0] in refused(monkeypatch, capsys, script, *flags.split())
+
+
+@pytest.mark.parametrize("script", [name for name in PRESENT if name in GROUPED])
+def test_one_completion_is_no_group(monkeypatch, capsys, script):
+    assert "--group-size" in refused(monkeypatch, capsys, script, "--group-size", 1)
 
 
 @pytest.mark.skipif("minimal_ppo" not in PRESENT, reason="not there yet")

@@ -13,6 +13,8 @@ SUMS = {
     "minimal_grpo": (0.45, 0.95),
 }
 
+LEXICAL = ["reinforce", "rloo"]
+
 
 # One seed each here, for time; what the README claims of seeds 0 to 4 was run by hand.
 @pytest.mark.parametrize("script", [script for script in SUMS if script in PRESENT])
@@ -25,3 +27,12 @@ def test_sums(run, script, seed=0):
     )
     assert before["eval"]["accuracy"] <= SUMS[script][0]
     assert after["eval"]["accuracy"] >= SUMS[script][1]
+
+
+@pytest.mark.parametrize("script", [script for script in LEXICAL if script in PRESENT])
+def test_lexical(run, script, seed=0):
+    done = run(script, "--seed", seed)
+    assert done.returncode == 0, done.stderr
+    before, after = done.log[0]["eval"], done.log[-1]["eval"]
+    assert 0.45 <= before["ttr"] <= 0.65 and after["ttr"] >= before["ttr"] + 0.15
+    assert after["words"] >= 0.85 * 40

@@ -1,0 +1,202 @@
+"""GRPO (Shao et al. 2024, arXiv 2402.03300) on grade-school problems (GSM8K, Cobbe et al. 2021, 2110.14168).
+
+    advantage = (reward - group mean) / (group std + 1e-4)
+    surrogate = min(ratio * advantage, clip(ratio, 1 ± epsilon) * advantage), ratio = exp(logp - old_logp)
+    objective = surrogate - beta * kl, where kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
+
+torchrun --nproc-per-node N gives each of N GPUs prompts of its own and averages their gradients.
+Differences from the paper: those of minimal_grpo.py, with their reasons. Run: uv run gsm8k_grpo.py
+"""
+
+import argparse, collections, copy, json, os, random, re, sys, time
+import dotenv, torch
+
+dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFLINE when it is imported
+import datasets
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+MODEL, TINY = "Qwen/Qwen2.5-0.5B-Instruct", "tests/tiny-qwen"  # without a GPU TINY stands in for MODEL
+DATASET, TINY_DATASET = "openai/gsm8k", "tests/tiny-gsm8k"
+SYSTEM = "Solve the problem step by step. End with a last line of the form: #### <number>"
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+
+
+def parse_args():
+    """The command line, every value checked before anything is loaded; in a notebook the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    tiny = DEVICE == "cpu" and os.path.isdir(TINY)
+    flags = {"model": TINY if tiny else MODEL, "dataset": TINY_DATASET if tiny else DATASET, "steps": 30}
+    flags |= {"batch-size": 4, "group-size": 8, "micro-batch-size": 4, "max-new-tokens": 256, "lr": 2e-6}
+    flags |= {"update-epochs": 2, "epsilon": 0.2, "beta": 0.04, "eval-size": 1319}
+    for name, default in (flags | {"seed": 0, "log": os.devnull, "save": ""}).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
+    args = parser.parse_args([] if "ipykernel" in sys.modules else None)
+    for name, value in vars(args).items():
+        least, most = (0, 1) if type(value) is float else ({"group_size": 2, "seed": 0}.get(name, 1), 10**9)
+        if not isinstance(value, str) and not least <= value <= most:  # neither nan nor inf is
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is not from {least} to {most}")
+    try:
+        if args.save and (os.makedirs(args.save, exist_ok=True) or os.listdir(args.save)):
+            parser.error(f"argument --save: {args.save} is not empty")
+        args.log = open(os.devnull if RANK else args.log, "w", buffering=1)
+    except OSError as error:
+        parser.error(f"argument --save or --log: {error}")
+    return args
+
+
+def numbers(text):
+    """All numbers of a text: -$1,234.50 is one; 20-5, 3/4 and 10^3 are two each."""
+    found = re.findall(r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text.replace("$", ""))
+    return [float(number.replace(",", "")) for number in found]
+
+
+def gsm8k_reward(completion, solution):
+    """Strict: right number, alone on the line of the last ####; lenient: last number right. 0.0 or 1.0."""
+    gold, line = numbers(solution)[-1:], "".join(completion.split("####")[1:][-1:]).strip().split("\n")[0]
+    return float(numbers(line) == gold), float(numbers(completion)[-1:] == gold)
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
+    """Completions at temperature 1: ids, attn (N, P+C), mask (N, C), texts, alive (N, 1): 1 where cut off."""
+    chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": q}] for q in prompts]
+    fixed = {"return_dict": True, "return_tensors": "pt", "date_string": "26 Jul 2024"}  # Llama: else today
+    batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, **fixed).to(DEVICE)
+    ids, attn = batch["input_ids"], batch["attention_mask"]  # no position_ids: rotary ones are relative
+    P, tokens, cache, alive = ids.shape[1], ids, None, torch.ones_like(attn[:, :1])
+    eos = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=DEVICE)
+    while alive.any() and ids.shape[1] < P + max_new_tokens:
+        out = model(tokens, attention_mask=attn, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, probs = out.past_key_values, out.logits[:, -1].float().softmax(-1)
+        probs = probs.cpu() if DEVICE == "mps" else probs  # multinomial on MPS can draw impossible tokens
+        tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)
+        tokens = tokens.to(DEVICE).where(alive == 1, tokenizer.pad_token_id)
+        ids, attn = torch.cat([ids, tokens], 1), torch.cat([attn, alive], 1)
+        alive = alive * ~torch.isin(tokens, eos)  # attn grew first: the end-of-turn token is in the mask
+    return ids, attn, attn[:, P:].float(), tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True), alive
+
+
+def completion_logp(model, ids, attn, mask):
+    """Log-prob of each completion token given all before it, 0 after the end: (N, C)."""
+    C = mask.shape[1]  # the last token is not fed: it predicts nothing
+    logits = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C).logits.float()
+    return (logits.gather(-1, ids[:, -C:, None]).squeeze(-1) - logits.logsumexp(-1)) * mask
+
+
+def process_mean(tensor):
+    """The tensor's mean over the processes of torchrun, in place; alone, the tensor as it is."""
+    if WORLD > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor.div_(WORLD)
+
+
+def evaluate_gsm8k(model, tokenizer, args, test, step, phase):
+    """Prints and logs strict and lenient greedy accuracy, two completions; processes share the problems."""
+    texts, share = [], test[RANK::WORLD]
+    while len(texts) < len(share):
+        questions = [question for question, _ in share[len(texts) : len(texts) + 64]]
+        texts += sample(model, tokenizer, questions, args.max_new_tokens, greedy=True)[3]
+        print(f"\r{phase}: {len(texts)} of {len(share)}", end="", flush=True)
+    scores = [gsm8k_reward(text, solution) for text, (_, solution) in zip(texts, share)]
+    right = process_mean(torch.tensor(scores, device=DEVICE).view(-1, 2).sum(0)) * WORLD
+    (p, lenient), z = (right / len(test)).tolist(), 1.96**2 / len(test)  # for Wilson's interval of 95 %
+    low, high = ((p + z / 2 + sign * (z * p * (1 - p) + z * z / 4) ** 0.5) / (1 + z) for sign in (-1, 1))
+    line = f", accuracy {p:.3f} on {len(test)} ({low:.3f} to {high:.3f} at 95 %), lenient {lenient:.3f}"
+    print(line, *map(repr, texts[:2]), sep="\n  ")
+    scores = {"accuracy": p, "lenient": lenient, "n": len(test)}
+    print(json.dumps({"step": step, "phase": phase, "eval": scores}), file=args.log)
+
+
+def group_advantages(rewards, G):
+    """(reward - mean) / (std + 1e-4) in each group of G: (N,) to (N, 1). 0 1 0 0: -0.5 1.5 -0.5 -0.5."""
+    groups = rewards.view(-1, G)
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantages, weights, epsilon, beta):
+    """Loss, metrics; log-probs, weights (N, C), advantages (N, 1); kl: k3, joschu.net/blog/kl-approx.html"""
+    ratio = torch.exp(logp - old_logp)
+    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)
+    metrics = {"kl": (kl * weights).sum(), "clip_frac": ((surrogate < ratio * advantages) * weights).sum()}
+    return -((surrogate - beta * kl) * weights).sum(), metrics
+
+
+if __name__ == "__main__":
+    args, history = parse_args(), []
+    if WORLD > 1:
+        DEVICE == "cuda" and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group()  # nccl for tensors on CUDA, gloo for those on the CPU
+        sys.stdout, args.save = (sys.stdout, args.save) if RANK == 0 else (open(os.devnull, "w"), "")
+    set_seed(args.seed + RANK)  # prompts and samples of its own for each process
+    try:  # float32, because in their own bf16 small updates would be rounded away
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+        tokenizer.get_chat_template()  # raises where there is none
+        splits = datasets.load_dataset(args.dataset, None if os.path.isdir(args.dataset) else "main")
+        train, test = ([*zip(splits[name]["question"], splits[name]["answer"])] for name in ("train", "test"))
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
+        hint = f"HF_TOKEN=... in .env? --model {TINY} --dataset {TINY_DATASET}?"
+        sys.exit(f"--model {args.model}, --dataset {args.dataset}: {error} ({hint})".replace("\n", " "))
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
+    facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
+    print(f"gsm8k_grpo.py: {args.model} (the real one: --model {MODEL}), {facts}")
+    reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
+    optimizer = torch.optim.Adam(model.parameters())
+    evaluate_gsm8k(model, tokenizer, args, test[: args.eval_size], 0, "before")
+    try:
+        for step in range(args.steps):
+            # 1. sample
+            start = time.time()
+            rows = [row for row in random.choices(train, k=args.batch_size) for _ in range(args.group_size)]
+            questions, solutions = zip(*rows)
+            ids, attn, mask, texts, alive = sample(model, tokenizer, questions, args.max_new_tokens)
+            # 2. reward
+            rewards = torch.tensor([gsm8k_reward(t, s)[0] for t, s in zip(texts, solutions)], device=DEVICE)
+            # 3. advantages
+            advantages = group_advantages(rewards, args.group_size)
+            # 4. update
+            weights = mask / process_mean(mask.sum())  # of the whole batch, so that micro-batches add up
+            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+            old_logp, ref_logp = torch.empty_like(mask), torch.empty_like(mask)
+            for epoch in range(args.update_epochs):
+                optimizer.zero_grad()
+                metrics = collections.Counter()
+                for rows in torch.arange(len(ids)).split(args.micro_batch_size):
+                    logp = completion_logp(model, ids[rows], attn[rows], mask[rows])
+                    if epoch == 0:
+                        old_logp[rows] = ref_logp[rows] = logp.detach()
+                        if args.beta:
+                            ref_logp[rows] = completion_logp(reference, ids[rows], attn[rows], mask[rows])
+                    batch = logp, old_logp[rows], ref_logp[rows], advantages[rows], weights[rows]
+                    loss, part = grpo_loss(*batch, args.epsilon, args.beta)
+                    loss.backward()
+                    metrics.update(part)
+                for parameter in model.parameters():
+                    process_mean(parameter.grad)
+                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+                optimizer.step()
+            # 5. report
+            zero_std = (
+                (advantages == 0).float().mean()
+            )  # of 1: every group agrees, and nothing is to be learned
+            record = {"step": step, "reward": rewards.mean(), "zero_std": zero_std, **metrics}
+            record |= {"grad_norm": grad_norm, "finished": 1 - alive.float().mean()}
+            record |= {"length": mask.sum(1).mean(), "tokens": mask.sum(), "seconds": time.time() - start}
+            history.append({k: torch.as_tensor(v).item() for k, v in record.items()})
+            print(json.dumps(history[-1]), file=args.log)
+            print(*(f"{k} {round(v, 3):g} " for k, v in history[-1].items()), repr(texts[0])[:40], flush=True)
+    except KeyboardInterrupt:
+        print("Ctrl-C: evaluating and saving what has been learned; once more stops at once")
+    except RuntimeError as error:  # a gradient or a weight is not finite, or memory has run out
+        sys.exit(f"stopped in step {step}, nothing saved: {error}")
+    evaluate_gsm8k(model, tokenizer, args, test[: args.eval_size], len(history), "after")
+    if args.save:
+        model.save_pretrained(args.save)
+        tokenizer.save_pretrained(args.save)
+        print(f"saved in {args.save}")
+    curve, seconds, tokens = ([round(r[key], 3) for r in history] for key in ("reward", "seconds", "tokens"))
+    print("reward", "".join("▁▂▃▄▅▆▇█"[max(0, int(7.99 * x))] for x in curve), *curve[:1], "to", *curve[-1:])
+    peak = torch.mps.driver_allocated_memory() if DEVICE == "mps" else torch.cuda.max_memory_allocated()
+    print(f"{sum(seconds):.0f} s, {sum(tokens) / sum(seconds, 1e-9):.0f} tokens/s, GPU {peak // 2**20} MiB")
