@@ -47,14 +47,14 @@ def parse_args():
 
 def numbers(text):
     """All numbers of a text: -$1,234.50 is one; 20-5, 3/4 and 10^3 are two each."""
-    found = re.findall(r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text.replace("$", ""))
-    return [float(number.replace(",", "")) for number in found]
+    found = re.findall(r"(?<![\d.])-?\$?-?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
+    return [float(re.sub("[$,]", "", number)) for number in found]
 
 
 def gsm8k_reward(completion, solution):
-    """Strict: right number, alone on the line of the last ####; lenient: last number right. 0.0 or 1.0."""
+    """Strict: the line of the last #### has just the right number; lenient: it comes last. 0.0 or 1.0."""
     gold, line = numbers(solution)[-1:], "".join(completion.split("####")[1:][-1:]).strip().split("\n")[0]
-    return float(numbers(line) == gold), float(numbers(completion)[-1:] == gold)
+    return float(numbers(line) == gold != []), float(numbers(completion)[-1:] == gold != [])
 
 
 @torch.no_grad()
@@ -84,23 +84,24 @@ def completion_logp(model, ids, attn, mask):
     return (logits.gather(-1, ids[:, -C:, None]).squeeze(-1) - logits.logsumexp(-1)) * mask
 
 
-def process_mean(tensor):
-    """The tensor's mean over the processes of torchrun, in place; alone, the tensor as it is."""
+def all_sum(tensor):
+    """The tensor summed over the processes of torchrun, in place; the tensor itself where there is one."""
     if WORLD > 1:
         torch.distributed.all_reduce(tensor)
-    return tensor.div_(WORLD)
+    return tensor
 
 
 def evaluate_gsm8k(model, tokenizer, args, test, step, phase):
     """Prints and logs strict and lenient greedy accuracy, two completions; processes share the problems."""
     texts, share = [], test[RANK::WORLD]
     while len(texts) < len(share):
-        questions = [question for question, _ in share[len(texts) : len(texts) + 64]]
+        questions = [question for question, _ in share[len(texts) :][:64]]
         texts += sample(model, tokenizer, questions, args.max_new_tokens, greedy=True)[3]
         print(f"\r{phase}: {len(texts)} of {len(share)}", end="", flush=True)
     scores = [gsm8k_reward(text, solution) for text, (_, solution) in zip(texts, share)]
-    right = process_mean(torch.tensor(scores, device=DEVICE).view(-1, 2).sum(0)) * WORLD
-    (p, lenient), z = (right / len(test)).tolist(), 1.96**2 / len(test)  # for Wilson's interval of 95 %
+    right = all_sum(torch.tensor(scores, device=DEVICE).view(-1, 2).sum(0))
+    p, lenient = (right / len(test)).tolist()
+    z = 1.96**2 / len(test)  # Wilson's interval, which also holds near 0 and 1
     low, high = ((p + z / 2 + sign * (z * p * (1 - p) + z * z / 4) ** 0.5) / (1 + z) for sign in (-1, 1))
     line = f", accuracy {p:.3f} on {len(test)} ({low:.3f} to {high:.3f} at 95 %), lenient {lenient:.3f}"
     print(line, *map(repr, texts[:2]), sep="\n  ")
@@ -128,7 +129,8 @@ if __name__ == "__main__":
     if WORLD > 1:
         DEVICE == "cuda" and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()  # nccl for tensors on CUDA, gloo for those on the CPU
-        sys.stdout, args.save = (sys.stdout, args.save) if RANK == 0 else (open(os.devnull, "w"), "")
+    if RANK:  # only the first process prints and saves
+        sys.stdout, args.save = open(os.devnull, "w"), ""
     set_seed(args.seed + RANK)  # prompts and samples of its own for each process
     try:  # float32, because in their own bf16 small updates would be rounded away
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
@@ -141,7 +143,8 @@ if __name__ == "__main__":
         sys.exit(f"--model {args.model}, --dataset {args.dataset}: {error} ({hint})".replace("\n", " "))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
     facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
-    print(f"gsm8k_grpo.py: {args.model} (the real one: --model {MODEL}), {facts}")
+    data = f"{args.model}, {args.dataset} (the real ones: --model {MODEL} --dataset {DATASET})"
+    print(f"gsm8k_grpo.py: {data}, {facts}")
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
     optimizer = torch.optim.Adam(model.parameters())
     evaluate_gsm8k(model, tokenizer, args, test[: args.eval_size], 0, "before")
@@ -149,39 +152,39 @@ if __name__ == "__main__":
         for step in range(args.steps):
             # 1. sample
             start = time.time()
-            rows = [row for row in random.choices(train, k=args.batch_size) for _ in range(args.group_size)]
-            questions, solutions = zip(*rows)
+            drawn = random.choices(train, k=args.batch_size)
+            questions, solutions = zip(*(problem for problem in drawn for _ in range(args.group_size)))
             ids, attn, mask, texts, alive = sample(model, tokenizer, questions, args.max_new_tokens)
             # 2. reward
             rewards = torch.tensor([gsm8k_reward(t, s)[0] for t, s in zip(texts, solutions)], device=DEVICE)
             # 3. advantages
             advantages = group_advantages(rewards, args.group_size)
             # 4. update
-            weights = mask / process_mean(mask.sum())  # of the whole batch, so that micro-batches add up
+            weights = mask / all_sum(mask.sum())  # of the whole batch, so that micro-batches add up
             optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
             old_logp, ref_logp = torch.empty_like(mask), torch.empty_like(mask)
             for epoch in range(args.update_epochs):
                 optimizer.zero_grad()
                 metrics = collections.Counter()
                 for rows in torch.arange(len(ids)).split(args.micro_batch_size):
-                    logp = completion_logp(model, ids[rows], attn[rows], mask[rows])
+                    inputs = ids[rows], attn[rows], mask[rows]
+                    logp = completion_logp(model, *inputs)
                     if epoch == 0:
-                        old_logp[rows] = ref_logp[rows] = logp.detach()
-                        if args.beta:
-                            ref_logp[rows] = completion_logp(reference, ids[rows], attn[rows], mask[rows])
+                        old_logp[rows] = logp.detach()  # no pass of its own: the ratio is exactly 1 here
+                        ref_logp[rows] = completion_logp(reference, *inputs) if args.beta else old_logp[rows]
                     batch = logp, old_logp[rows], ref_logp[rows], advantages[rows], weights[rows]
                     loss, part = grpo_loss(*batch, args.epsilon, args.beta)
                     loss.backward()
-                    metrics.update(part)
+                    metrics.update({name: metric.detach() for name, metric in part.items()})
                 for parameter in model.parameters():
-                    process_mean(parameter.grad)
+                    all_sum(parameter.grad)
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
                 optimizer.step()
             # 5. report
-            zero_std = (
-                (advantages == 0).float().mean()
-            )  # of 1: every group agrees, and nothing is to be learned
-            record = {"step": step, "reward": rewards.mean(), "zero_std": zero_std, **metrics}
+            record = {"step": step, "reward": rewards.mean(), **{k: all_sum(v) for k, v in metrics.items()}}
+            record |= {
+                "zero_std": (advantages == 0).float().mean()
+            }  # 1: every group agrees and teaches nothing
             record |= {"grad_norm": grad_norm, "finished": 1 - alive.float().mean()}
             record |= {"length": mask.sum(1).mean(), "tokens": mask.sum(), "seconds": time.time() - start}
             history.append({k: torch.as_tensor(v).item() for k, v in record.items()})

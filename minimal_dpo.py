@@ -4,9 +4,9 @@
     loss   = -mean over the pairs of log sigmoid(margin)
 
 Rejected is what the model would say instead: the right number without the tags or a wrong one within; so
-accuracy rises, not the margin alone. The reference is the policy before its first update: its log-probs,
-taken before training, are those a frozen copy would give. Both log-probs may fall: only the gap counts.
-Differences: pairs written by hand; Adam; no warm-up, a falling learning rate. Run: uv run minimal_dpo.py
+accuracy rises, not the margin alone. The reference is the policy before its first update: its log-probs, taken
+then, are a frozen copy's. Both log-probs may fall: only the gap counts. Differences: hand-made pairs, Adam, no
+warm-up, falling rate; TRL also counts the template's text after the end of turn. Run: uv run minimal_dpo.py
 """
 
 import argparse, json, os, random, sys, time

@@ -6,7 +6,8 @@
 
 Differences from the paper: each token of the batch weighs the same, not each completion, or tokens of long
 wrong ones would be punished less (DAPO, arXiv 2503.14476); two updates a batch, as at first the ratio is 1
-and clips nothing; the reference is never renewed; falling learning rate. Run: uv run minimal_grpo.py
+and clips nothing; the reference is never renewed; falling learning rate. Differences from TRL: it multiplies
+the KL by the ratio (DeepSeek-V3.2, arXiv 2512.02556). Run: uv run minimal_grpo.py
 """
 
 import argparse, copy, json, os, random, sys, time

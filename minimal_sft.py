@@ -4,8 +4,8 @@
 
 Ouyang et al. 2022, InstructGPT, arXiv 2203.02155, sec. 3.5. Only the completion is a target, not the prompt;
 its end-of-turn token is one too, or the model would not learn to stop. Prompt and completion are tokenized
-apart, as when the model answers: together, a token could reach across the border. Differences: batches drawn
-with replacement, no epochs; the learning rate falls to 0, without warm-up. Run: uv run minimal_sft.py
+apart, as when the model answers. Differences: batches drawn with replacement, no epochs, no warm-up, falling
+rate; TRL also trains what the template writes after the end-of-turn token. Run: uv run minimal_sft.py
 """
 
 import argparse, json, os, random, sys, time

@@ -4,7 +4,7 @@
     objective = advantage * (sum of logp over the completion)
 
 The reward is the type-token ratio, distinct words / words, less a penalty for texts shorter than asked.
-Differences: no KL in the reward, gradient norm 1 at most, falling learning rate. Run: uv run rloo.py
+Differences: no KL in the reward, clipped gradients, falling rate (TRL: loss of ratio). Run: uv run rloo.py
 """
 
 import argparse, json, os, random, re, sys, time

@@ -20,11 +20,11 @@ CHANGED_LINES = {  # by `diff A B`, both sides counted
     ("minimal_grpo", "minimal_ppo"): 70,
     ("minimal_sft", "minimal_dpo"): 50,
     ("reinforce", "rloo"): 40,
-    ("minimal_grpo", "rloo"): 103,  # about half of them the task: prompts, reward, evaluation
+    ("minimal_grpo", "rloo"): 104,  # about half of them the task: prompts, reward, evaluation
     ("gsm8k_grpo", "gsm8k_sft_grpo"): 65,
 }
 STEPS = ["# 1. sample", "# 2. reward", "# 3. advantages", "# 4. update", "# 5. report"]
-LINES = {"gsm8k_grpo": 202, "gsm8k_sft_grpo": 240}  # data, micro-batches, processes, a second phase
+LINES = {"gsm8k_grpo": 205, "gsm8k_sft_grpo": 244}  # data, micro-batches, processes, a second phase
 SHARED = [  # what stands under `if __name__ == "__main__":` in every file, from one text to another
     ("    args, history = parse_args(), []", "\n"),
     ("    try:  # float32", "raises where there is none"),

@@ -45,6 +45,7 @@ BOTH = pytest.mark.parametrize("script", ["gsm8k_grpo", "gsm8k_sft_grpo"])
         ("2*9=18", [2, 9, 18]),
         ("50%", [50]),
         ("x18y", [18]),
+        ("$5$$6$", [5, 6]),
     ],
 )
 def test_numbers(text, expected):
@@ -189,6 +190,7 @@ def choices(rows, k):  # neighbouring problems for the processes, one process ha
 torch.multinomial, random.choices = multinomial, choices
 out, sys.argv = sys.argv[1], sys.argv[2:]
 g = runpy.run_path(sys.argv[0], run_name="__main__")
+open(f"{out}.{rank}", "w").write(str(torch.initial_seed()))
 if rank == 0:
     parameters = list(g["model"].parameters())
     torch.save([torch.cat([x.flatten() for x in y]) for y in (parameters, [p.grad for p in parameters])], out)
@@ -222,6 +224,7 @@ def test_two_processes_are_one(tmp_path, script):
         results.append((*torch.load(out), evaluations, done.stdout.count("\nstep 1 ")))
     (w1, g1, e1, lines1), (w2, g2, e2, lines2) = results
     assert g1.norm() > 0.5 and (g1 - g2).abs().max() < 1e-5 and (w1 - w2).abs().max() < 1e-5
+    assert (tmp_path / "2.pt.0").read_text() != (tmp_path / "2.pt.1").read_text(), "each its own seed"
     assert e1 == e2 and all(e["n"] == 6 for e in e1) and lines1 == lines2 == 1
 
 

@@ -112,7 +112,7 @@ def test_gradients_are_made_anew_and_scaled_to_1(main, script):
         )
 
 
-@pytest.mark.parametrize("script", PRESENT)
+@pytest.mark.parametrize("script", [name for name in PRESENT if not name.startswith("gsm8k")])
 def test_each_update_starts_without_a_gradient(main, monkeypatch, script):
     """Seen by the optimizer's own step: what it applies is the gradient of one backward pass, not of all so far."""
     backward, passes = torch.Tensor.backward, []

@@ -2,7 +2,6 @@
 reward on the wrong token, a critic that no optimizer knows, and one that is not worth its memory.
 """
 
-import json
 import math
 
 import minimal_grpo
@@ -153,11 +152,9 @@ def test_first_values_are_0_and_returns_are_not_whitened(main):
     assert 0 < g["rewards"].mean() < 1
 
 
-def test_it_learns_and_the_critic_is_worth_its_cost(main, tmp_path):
-    """After a whole run the critic's squared error is below the variance of the returns: it knows more than their mean."""
-    g = main(f"minimal_ppo.py --log {tmp_path / 'log'}")
-    first, *_, last = (json.loads(line) for line in (tmp_path / "log").read_text().splitlines())
-    assert first["eval"]["accuracy"] <= 0.45 and last["step"] == 30 and last["eval"]["accuracy"] >= 0.9
+def test_the_critic_is_worth_its_cost(main):
+    """After half a run the critic's squared error is below the variance of the returns: it knows more than their mean."""
+    g = main("minimal_ppo.py --steps 15")
     torch.manual_seed(1)
     prompts = list(minimal_ppo.SUMS) * 3
     with torch.no_grad():
