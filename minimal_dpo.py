@@ -4,8 +4,8 @@
     loss   = -mean over the pairs of log sigmoid(margin)
 
 Rejected is what the model would say instead: the right number without the tags or a wrong one within; so
-accuracy rises, not the margin alone. The reference is the policy before its first update: its log-probs, taken
-then, are a frozen copy's. Both log-probs may fall: only the gap counts. Differences: hand-made pairs, Adam, no
+accuracy rises, not only the margin. The reference is the policy before its first update: its log-probs, taken
+then, are a frozen copy's. Both log-probs may fall: only the gap counts. Differences: handmade pairs, Adam, no
 warm-up, falling rate; TRL also counts the template's text after the end of turn. Run: uv run minimal_dpo.py
 """
 

@@ -17,9 +17,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is
 MODEL, TINY = "meta-llama/Llama-3.2-1B-Instruct", "tests/tiny-llama"  # without a GPU TINY stands in for MODEL
 SYSTEM = "You write short texts in plain English."
 WORDS = 40  # asked for in each prompt; --max-new-tokens leaves room for them
-TOPICS = """winter, music, rivers, the moon, chess, silence, summer, bread, coffee, trains, forests, letters,
-cities, gardens, dogs, cats, birds, bees, books, football, cooking, school, rain, the sea, travel, clocks"""
-PROMPTS = [f"Write about {WORDS} words about {topic}." for topic in re.split(r",\s", TOPICS)]  # 6 to evaluate
+TOPICS = """winter, music, rivers, the moon, chess, silence,
+summer, bread, coffee, trains, forests, mountains, gardens, dogs, cats, birds, bees, books, letters, football,
+cooking, school, rain, the sea, travel, clocks"""  # the first line's are for evaluation only
+PROMPTS = [f"Write about {WORDS} words about {topic}." for topic in re.split(r",\s", TOPICS)]
 
 
 def parse_args():

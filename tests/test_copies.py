@@ -20,7 +20,7 @@ CHANGED_LINES = {  # by `diff A B`, both sides counted
     ("minimal_grpo", "minimal_ppo"): 70,
     ("minimal_sft", "minimal_dpo"): 50,
     ("reinforce", "rloo"): 40,
-    ("minimal_grpo", "rloo"): 104,  # about half of them the task: prompts, reward, evaluation
+    ("minimal_grpo", "rloo"): 105,  # about half of them the task: prompts, reward, evaluation
     ("gsm8k_grpo", "gsm8k_sft_grpo"): 65,
 }
 STEPS = ["# 1. sample", "# 2. reward", "# 3. advantages", "# 4. update", "# 5. report"]

@@ -1,0 +1,171 @@
+"""Our sampler against model.generate, a batch of minimal_grpo.py against TRL's GRPOTrainer, and what micro-batches save.
+
+    uv run tests/benchmark.py
+
+One table, each row ours / theirs / ratio, medians of at least 5 runs taken in turn. On a CPU the bundled model; on CUDA also a Qwen2
+of Qwen2.5-0.5B's shape with random weights, which is all that speed and memory depend on. TRL's row needs the dev dependencies.
+"""
+
+import contextlib
+import io
+import os
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.chdir(ROOT)
+
+import minimal_grpo
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+RUNS = 5
+DEVICE = minimal_grpo.DEVICE
+
+
+def row(what, ours, theirs, unit, more_is_better=True):
+    """Prints the medians of two lists and how many times better ours is."""
+    a, b = statistics.median(ours), statistics.median(theirs)
+    ratio = a / b if more_is_better else b / a
+    print(f"{what:<52}{a:>11.4g}{b:>11.4g} {unit:<9}{ratio:>6.2f}", flush=True)
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def sampling(name, model, tokenizer, tokens=64):
+    """Tokens a second at 1, 8 and 64 rows, none of which may end early."""
+    never = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens)
+    never.pad_token_id = tokenizer.pad_token_id
+    for rows in (1, 8, 64):
+        prompts = [f"What is {i % 10} + {i // 10}?" for i in range(rows)]
+        ids, attn, *_ = minimal_grpo.sample(model, tokenizer, prompts, 0)
+        model.generation_config = GenerationConfig(eos_token_id=[len(tokenizer) + 10**6])
+        ours, theirs = [], []
+        for run in range(RUNS + 1):  # the first warms up
+            seconds = timed(lambda: minimal_grpo.sample(model, tokenizer, prompts, tokens))
+            model.generation_config = never
+            both = [seconds, timed(lambda: model.generate(ids, attention_mask=attn, generation_config=never))]
+            model.generation_config = GenerationConfig(eos_token_id=[len(tokenizer) + 10**6])
+            if run:
+                ours.append(rows * tokens / both[0])
+                theirs.append(rows * tokens / both[1])
+        row(f"{name}: sampling {rows} rows, ours / generate", ours, theirs, "tokens/s")
+
+
+def ours_grpo(steps):
+    """Seconds of each batch of minimal_grpo.py; a learning rate of 0 keeps the completions as long as they are at first."""
+    sys.argv = f"minimal_grpo.py --steps {steps} --lr 0 --seed {steps}".split()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        g = runpy.run_path("minimal_grpo.py", run_name="__main__")
+    return [record["seconds"] for record in g["history"]][1:]
+
+
+def their_grpo(steps):
+    """The same of TRL: 8 prompts x 8 completions, two updates a batch, KL to a reference."""
+    import trl
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    marks = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+    def reward(prompts, completions, **kwargs):
+        texts = [completion[0]["content"] for completion in completions]
+        return [
+            minimal_grpo.sum_reward(t, minimal_grpo.SUMS[p[1]["content"]]) for t, p in zip(texts, prompts)
+        ]
+
+    system = {"role": "system", "content": minimal_grpo.SYSTEM}
+    rows = [{"prompt": [system, {"role": "user", "content": q}]} for q in minimal_grpo.SUMS]
+    with tempfile.TemporaryDirectory() as folder:
+        config = trl.GRPOConfig(
+            folder,
+            per_device_train_batch_size=64,
+            num_generations=8,
+            num_iterations=2,
+            max_completion_length=48,
+            max_steps=2 * steps,
+            beta=0.04,
+            loss_type="bnpo",
+            learning_rate=0.0,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            repetition_penalty=1.0,
+            use_cpu=DEVICE == "cpu",
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1000,
+            disable_tqdm=True,
+        )
+        model = AutoModelForCausalLM.from_pretrained("tests/tiny-qwen", dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained("tests/tiny-qwen", padding_side="left")
+        trainer = trl.GRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            trainer.train()
+    return [
+        b - a for a, b in zip(marks[1::2], marks[3::2])
+    ]  # from one batch's second update to the next one's
+
+
+def peak_memory(size):
+    """MiB at most while gsm8k_grpo.py takes a step; on a CPU of the whole process."""
+    flags = f"--steps 1 --lr 0 --eval-size 1 --batch-size 4 --micro-batch-size {size}".split()
+    run = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    run += "; print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    command = [sys.executable, "-c", run, "gsm8k_grpo.py", "--max-new-tokens", "256", *flags]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(out.split("GPU ")[1].split()[0] if DEVICE == "cuda" else out.split("peak ")[1])
+
+
+def main():
+    print(f"{DEVICE}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
+    if DEVICE == "cuda":
+        print(torch.cuda.get_device_name())
+    print(f"{'':<52}{'ours':>11}{'theirs':>11} {'':<9}{'ratio':>6}")
+    tokenizer = AutoTokenizer.from_pretrained("tests/tiny-qwen", padding_side="left")
+    tiny = AutoModelForCausalLM.from_pretrained("tests/tiny-qwen", dtype=torch.float32).to(DEVICE)
+    sampling("0.9 M", tiny, tokenizer)
+    if DEVICE == "cuda":
+        shape = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+        shape |= {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
+        with torch.device(DEVICE):
+            sampling("0.5 B", Qwen2ForCausalLM(Qwen2Config(**shape)).eval(), tokenizer)
+    with contextlib.suppress(ImportError):
+        ours, theirs = [], []
+        for _ in range(2):  # in turn; the medians are over 2 x 3 batches
+            ours += ours_grpo(4)
+            theirs += their_grpo(4)
+        row("0.9 M: a GRPO batch of 8 x 8, ours / TRL", ours, theirs, "seconds", more_is_better=False)
+    few, whole = ([peak_memory(size) for _ in range(RUNS if DEVICE == "cuda" else 2)] for size in (4, 32))
+    row("0.9 M: GSM8K update, micro-batches of 4 / of 32", few, whole, "MiB", more_is_better=False)
+
+
+if __name__ == "__main__":
+    main()
