@@ -140,7 +140,7 @@ if __name__ == "__main__":
         train, test = ([*zip(splits[name]["question"], splits[name]["answer"])] for name in ("train", "test"))
     except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         hint = f"HF_TOKEN=... in .env? --model {TINY} --dataset {TINY_DATASET}?"
-        sys.exit(f"--model {args.model}, --dataset {args.dataset}: {error} ({hint})".replace("\n", " "))
+        sys.exit(f"--model {args.model}, --dataset {args.dataset}: {error!r:.400} ({hint})")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
     facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
     data = f"{args.model}, {args.dataset} (the real ones: --model {MODEL} --dataset {DATASET})"

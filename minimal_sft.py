@@ -104,7 +104,7 @@ if __name__ == "__main__":
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
         tokenizer.get_chat_template()  # raises where there is none
     except (OSError, ValueError) as error:
-        sys.exit(f"--model {args.model}: {error} (HF_TOKEN=... in .env? --model {TINY}?)".replace("\n", " "))
+        sys.exit(f"--model {args.model}: {error!r:.400} (HF_TOKEN=... in .env? --model {TINY}?)")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
     facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
     print(f"minimal_sft.py: {args.model} (the real one: --model {MODEL}), {facts}")

@@ -90,7 +90,7 @@ def test_gated_model_without_a_token(run, tmp_path):
     done = run("reinforce", "--model", "meta-llama/Llama-3.2-1B-Instruct", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     line = done.stderr.strip().splitlines()[-1]
-    assert "gated repo. Make sure to have access" in line and "HF_TOKEN=... in .env" in line
+    assert "gated repo." in line and "Make sure to have access" in line and "HF_TOKEN=... in .env" in line
 
 
 @pytest.mark.parametrize("rows", ['{"frage": "Was?", "answer": "#### 1"}', "no json", None])
