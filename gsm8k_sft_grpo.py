@@ -6,9 +6,8 @@
     objective = surrogate - beta * kl, where kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
 
 GRPO starts with a fresh optimizer, and its reference is the model after SFT, or the KL would pull back to the
-one before. SFT gives the form; an instruct model may lose accuracy by it, as its own solutions are better
-than the gold ones' style. Differences from the paper: each token weighs the same, two updates a batch, the
-reference is fixed, the learning rate falls, all as minimal_grpo.py explains. Run: uv run gsm8k_sft_grpo.py
+one before. Differences from the paper: each token weighs the same, two updates a batch, the reference is
+fixed, the learning rate falls, all as minimal_grpo.py explains. Run: uv run gsm8k_sft_grpo.py
 """
 
 import argparse, collections, copy, json, os, random, re, sys, time
