@@ -10,8 +10,7 @@ one before. Differences from the paper: each token weighs the same, two updates 
 fixed, the learning rate falls, all as minimal_grpo.py explains. Run: uv run gsm8k_sft_grpo.py
 """
 
-import argparse, collections, copy, json, os, random, re, sys, time
-import dotenv, torch
+import argparse, atexit, collections, copy, json, os, random, re, sys, time, dotenv, torch
 
 dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFLINE when it is imported
 import datasets
@@ -53,10 +52,11 @@ def numbers(text):
     return [float(re.sub("[$,]", "", number)) for number in found]
 
 
-def gsm8k_reward(completion, solution):
-    """Strict: the line of the last #### has just the right number; lenient: it comes last. 0.0 or 1.0."""
-    gold, line = numbers(solution)[-1:], "".join(completion.split("####")[1:][-1:]).strip().split("\n")[0]
-    return float(numbers(line) == gold != []), float(numbers(completion)[-1:] == gold != [])
+def gsm8k_reward(solution, text):
+    """Accuracy: the line of the last #### has just the right number; lenient: that number comes last. 0 or 1."""
+    gold, line = numbers(solution)[-1:], "".join(text.split("####")[1:][-1:]).strip().split("\n")[0]
+    strict, lenient = numbers(line) == gold != [], numbers(text)[-1:] == gold != []
+    return {"accuracy": float(strict), "lenient": float(lenient)}
 
 
 @torch.no_grad()
@@ -110,9 +110,8 @@ def evaluate_gsm8k(model, tokenizer, args, test, step, phase):
         questions = [question for question, _ in share[len(texts) :][:64]]
         texts += sample(model, tokenizer, questions, args.max_new_tokens, greedy=True)[3]
         print(f"\r{phase}: {len(texts)} of {len(share)}", end="", flush=True)
-    scores = [gsm8k_reward(text, solution) for text, (_, solution) in zip(texts, share)]
-    right = all_sum(torch.tensor(scores, device=DEVICE).view(-1, 2).sum(0))
-    p, lenient = (right / len(test)).tolist()
+    scores = [[*gsm8k_reward(solution, text).values()] for (_, solution), text in zip(share, texts)]
+    p, lenient = (all_sum(torch.tensor(scores, device=DEVICE).view(-1, 2).sum(0)) / len(test)).tolist()
     z = 1.96**2 / len(test)  # Wilson's interval, which also holds near 0 and 1
     low, high = ((p + z / 2 + sign * (z * p * (1 - p) + z * z / 4) ** 0.5) / (1 + z) for sign in (-1, 1))
     line = f", accuracy {p:.3f} on {len(test)} ({low:.3f} to {high:.3f} at 95 %), lenient {lenient:.3f}"
@@ -146,6 +145,7 @@ if __name__ == "__main__":
     if WORLD > 1:
         DEVICE == "cuda" and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()  # nccl for tensors on CUDA, gloo for those on the CPU
+        atexit.register(torch.distributed.destroy_process_group)  # else gloo's threads can abort the exit
     if RANK:  # only the first process prints and saves
         sys.stdout, args.save = open(os.devnull, "w"), ""
     set_seed(args.seed + RANK)  # prompts and samples of its own for each process
@@ -194,7 +194,7 @@ if __name__ == "__main__":
             questions, solutions = zip(*(problem for problem in drawn for _ in range(args.group_size)))
             ids, attn, mask, texts, alive = sample(model, tokenizer, questions, args.max_new_tokens)
             # 2. reward
-            rewards = torch.tensor([gsm8k_reward(t, s)[0] for t, s in zip(texts, solutions)], device=DEVICE)
+            rewards = torch.tensor([r["accuracy"] for r in map(gsm8k_reward, solutions, texts)]).to(DEVICE)
             # 3. advantages
             advantages = group_advantages(rewards, args.group_size)
             # 4. update
@@ -220,9 +220,7 @@ if __name__ == "__main__":
                 optimizer.step()
             # 5. report
             record = {"step": step, "reward": rewards.mean(), **{k: all_sum(v) for k, v in metrics.items()}}
-            record |= {
-                "zero_std": (advantages == 0).float().mean()
-            }  # 1: every group agrees and teaches nothing
+            record |= {"zero_std": (advantages == 0).float().mean()}  # 1: all groups agree, none teaches
             record |= {"grad_norm": grad_norm, "finished": 1 - alive.float().mean()}
             record |= {"length": mask.sum(1).mean(), "tokens": mask.sum(), "seconds": time.time() - start}
             history.append({k: torch.as_tensor(v).item() for k, v in record.items()})

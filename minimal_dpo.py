@@ -9,8 +9,7 @@ then, are a frozen copy's. Both log-probs may fall: only the gap counts. Differe
 warm-up, falling rate; TRL also counts the template's text after the end of turn. Run: uv run minimal_dpo.py
 """
 
-import argparse, json, os, random, sys, time
-import dotenv, torch
+import argparse, json, os, random, sys, time, dotenv, torch
 
 dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFLINE when it is imported
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -43,9 +42,9 @@ def parse_args():
     return args
 
 
-def sum_reward(completion, answer):
-    """1.0 for exactly one pair of answer tags with exactly the answer in it, else 0.0."""
-    return float(completion.count("answer>") == 2 and f"<answer>{answer}</answer>" in completion)
+def sum_reward(prompt, text):
+    """Accuracy: 1.0 for exactly one pair of answer tags with exactly the prompt's sum in it, else 0.0."""
+    return {"accuracy": float(text.count("answer>") == 2 and f"<answer>{SUMS[prompt]}</answer>" in text)}
 
 
 def sum_pair(prompt):
@@ -92,12 +91,12 @@ def completion_logp(model, ids, attn, mask):
     return (logits.gather(-1, ids[:, -C:, None]).squeeze(-1) - logits.logsumexp(-1)) * mask
 
 
-def evaluate_sums(model, tokenizer, args, step):
-    """Prints and logs the greedy accuracy on all 100 sums, and shows three of the completions."""
-    texts = sample(model, tokenizer, SUMS, args.max_new_tokens, greedy=True)[3]
-    accuracy, shown = sum(map(sum_reward, texts, SUMS.values())) / len(SUMS), list(zip(SUMS, texts))[9::40]
-    print(f"{'after' if step else 'before'}: accuracy {accuracy:.2f} on {len(SUMS)} sums", *shown, sep="\n  ")
-    print(json.dumps({"step": step, "eval": {"accuracy": accuracy}}), file=args.log)
+def evaluate(model, tokenizer, prompts, reward, args, step):
+    """Prints and logs the mean scores of greedy completions, one for each prompt; shows the last two."""
+    pairs = [*zip(prompts, sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)[3])]
+    means = {k: round(sum(reward(*p)[k] for p in pairs) / len(pairs), 3) for k in reward(*pairs[0])}
+    print(f"{'after' if step else 'before'}: {len(pairs)} prompts", means, *pairs[-2:], sep="\n  ")
+    print(json.dumps({"step": step, "eval": means}), file=args.log)
 
 
 def dpo_loss(logp, ref_logp, beta):
@@ -122,7 +121,7 @@ if __name__ == "__main__":
     facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
     print(f"minimal_dpo.py: {args.model} (the real one: --model {MODEL}), {facts}")
     optimizer = torch.optim.Adam(model.parameters())
-    evaluate_sums(model, tokenizer, args, 0)
+    evaluate(model, tokenizer, [*SUMS], sum_reward, args, 0)
     try:
         batches, ref_logps = [], []
         for _ in range(args.steps):  # all batches now, for the reference is the policy that has not yet moved
@@ -153,7 +152,7 @@ if __name__ == "__main__":
         print("Ctrl-C: evaluating and saving what has been learned; once more stops at once")
     except RuntimeError as error:  # a gradient or a weight is not finite, or memory has run out
         sys.exit(f"stopped in step {step}, nothing saved: {error}")
-    evaluate_sums(model, tokenizer, args, len(history))
+    evaluate(model, tokenizer, [*SUMS], sum_reward, args, len(history))
     if args.save:
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)

@@ -4,14 +4,12 @@
     surrogate = min(ratio * advantage, clip(ratio, 1 ± epsilon) * advantage), ratio = exp(logp - old_logp)
     objective = surrogate - beta * kl, where kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
 
-Differences from the paper: each token of the batch weighs the same, not each completion, or tokens of long
-wrong ones would be punished less (DAPO, arXiv 2503.14476); two updates a batch, as at first the ratio is 1
-and clips nothing; the reference is never renewed; falling learning rate. Differences from TRL: it multiplies
-the KL by the ratio (DeepSeek-V3.2, arXiv 2512.02556). Run: uv run minimal_grpo.py
+Differences: each token of the batch weighs the same, not each completion, or tokens of long wrong ones would
+be punished less (DAPO, 2503.14476); two updates a batch, as at first the ratio is 1 and clips nothing; fixed
+reference; falling rate; no ratio before the KL (TRL has it, after 2512.02556). Run: uv run minimal_grpo.py
 """
 
-import argparse, copy, json, os, random, sys, time
-import dotenv, torch
+import argparse, copy, json, os, random, sys, time, dotenv, torch
 
 dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFLINE when it is imported
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -44,9 +42,9 @@ def parse_args():
     return args
 
 
-def sum_reward(completion, answer):
-    """1.0 for exactly one pair of answer tags with exactly the answer in it, else 0.0."""
-    return float(completion.count("answer>") == 2 and f"<answer>{answer}</answer>" in completion)
+def sum_reward(prompt, text):
+    """Accuracy: 1.0 for exactly one pair of answer tags with exactly the prompt's sum in it, else 0.0."""
+    return {"accuracy": float(text.count("answer>") == 2 and f"<answer>{SUMS[prompt]}</answer>" in text)}
 
 
 @torch.no_grad()
@@ -76,12 +74,12 @@ def completion_logp(model, ids, attn, mask):
     return (logits.gather(-1, ids[:, -C:, None]).squeeze(-1) - logits.logsumexp(-1)) * mask
 
 
-def evaluate_sums(model, tokenizer, args, step):
-    """Prints and logs the greedy accuracy on all 100 sums, and shows three of the completions."""
-    texts = sample(model, tokenizer, SUMS, args.max_new_tokens, greedy=True)[3]
-    accuracy, shown = sum(map(sum_reward, texts, SUMS.values())) / len(SUMS), list(zip(SUMS, texts))[9::40]
-    print(f"{'after' if step else 'before'}: accuracy {accuracy:.2f} on {len(SUMS)} sums", *shown, sep="\n  ")
-    print(json.dumps({"step": step, "eval": {"accuracy": accuracy}}), file=args.log)
+def evaluate(model, tokenizer, prompts, reward, args, step):
+    """Prints and logs the mean scores of greedy completions, one for each prompt; shows the last two."""
+    pairs = [*zip(prompts, sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)[3])]
+    means = {k: round(sum(reward(*p)[k] for p in pairs) / len(pairs), 3) for k in reward(*pairs[0])}
+    print(f"{'after' if step else 'before'}: {len(pairs)} prompts", means, *pairs[-2:], sep="\n  ")
+    print(json.dumps({"step": step, "eval": means}), file=args.log)
 
 
 def group_advantages(rewards, G):
@@ -113,15 +111,16 @@ if __name__ == "__main__":
     print(f"minimal_grpo.py: {args.model} (the real one: --model {MODEL}), {facts}")
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
     optimizer = torch.optim.Adam(model.parameters())
-    evaluate_sums(model, tokenizer, args, 0)
+    reward, train, test = sum_reward, [*SUMS], [*SUMS]
+    evaluate(model, tokenizer, test, reward, args, 0)
     try:
         for step in range(args.steps):
             # 1. sample
             start = time.time()
-            prompts = [q for q in random.choices([*SUMS], k=args.batch_size) for _ in range(args.group_size)]
+            prompts = [q for q in random.choices(train, k=args.batch_size) for _ in range(args.group_size)]
             ids, attn, mask, texts, alive = sample(model, tokenizer, prompts, args.max_new_tokens)
             # 2. reward
-            rewards = torch.tensor([sum_reward(t, SUMS[q]) for t, q in zip(texts, prompts)], device=DEVICE)
+            rewards = torch.tensor([r["accuracy"] for r in map(reward, prompts, texts)]).to(DEVICE)
             # 3. advantages
             advantages = group_advantages(rewards, args.group_size)
             # 4. update
@@ -132,9 +131,8 @@ if __name__ == "__main__":
                 if epoch == 0:
                     old_logp = logp.detach()  # no pass of its own: the ratio is exactly 1 here
                     ref_logp = completion_logp(reference, ids, attn, mask) if args.beta else old_logp
-                loss, metrics = grpo_loss(
-                    logp, old_logp, ref_logp, advantages, weights, args.epsilon, args.beta
-                )
+                batch = logp, old_logp, ref_logp, advantages, weights
+                loss, metrics = grpo_loss(*batch, args.epsilon, args.beta)
                 optimizer.zero_grad()
                 loss.backward()
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
@@ -150,7 +148,7 @@ if __name__ == "__main__":
         print("Ctrl-C: evaluating and saving what has been learned; once more stops at once")
     except RuntimeError as error:  # a gradient or a weight is not finite, or memory has run out
         sys.exit(f"stopped in step {step}, nothing saved: {error}")
-    evaluate_sums(model, tokenizer, args, len(history))
+    evaluate(model, tokenizer, test, reward, args, len(history))
     if args.save:
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)

@@ -8,8 +8,7 @@ A token's reward is -beta * (old_logp - ref_logp), the last's also the task's (I
 Differences: no entropy bonus, no minibatches, advantages whitened, falling rate. Run: uv run minimal_ppo.py
 """
 
-import argparse, copy, json, os, random, sys, time
-import dotenv, torch
+import argparse, copy, json, os, random, sys, time, dotenv, torch
 
 dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFLINE when it is imported
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -42,9 +41,9 @@ def parse_args():
     return args
 
 
-def sum_reward(completion, answer):
-    """1.0 for exactly one pair of answer tags with exactly the answer in it, else 0.0."""
-    return float(completion.count("answer>") == 2 and f"<answer>{answer}</answer>" in completion)
+def sum_reward(prompt, text):
+    """Accuracy: 1.0 for exactly one pair of answer tags with exactly the prompt's sum in it, else 0.0."""
+    return {"accuracy": float(text.count("answer>") == 2 and f"<answer>{SUMS[prompt]}</answer>" in text)}
 
 
 @torch.no_grad()
@@ -74,12 +73,12 @@ def completion_logp(model, ids, attn, mask):
     return (logits.gather(-1, ids[:, -C:, None]).squeeze(-1) - logits.logsumexp(-1)) * mask
 
 
-def evaluate_sums(model, tokenizer, args, step):
-    """Prints and logs the greedy accuracy on all 100 sums, and shows three of the completions."""
-    texts = sample(model, tokenizer, SUMS, args.max_new_tokens, greedy=True)[3]
-    accuracy, shown = sum(map(sum_reward, texts, SUMS.values())) / len(SUMS), list(zip(SUMS, texts))[9::40]
-    print(f"{'after' if step else 'before'}: accuracy {accuracy:.2f} on {len(SUMS)} sums", *shown, sep="\n  ")
-    print(json.dumps({"step": step, "eval": {"accuracy": accuracy}}), file=args.log)
+def evaluate(model, tokenizer, prompts, reward, args, step):
+    """Prints and logs the mean scores of greedy completions, one for each prompt; shows the last two."""
+    pairs = [*zip(prompts, sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)[3])]
+    means = {k: round(sum(reward(*p)[k] for p in pairs) / len(pairs), 3) for k in reward(*pairs[0])}
+    print(f"{'after' if step else 'before'}: {len(pairs)} prompts", means, *pairs[-2:], sep="\n  ")
+    print(json.dumps({"step": step, "eval": means}), file=args.log)
 
 
 def critic_values(critic, ids, attn, mask):
@@ -120,15 +119,16 @@ if __name__ == "__main__":
     critic = copy.deepcopy(model)  # its head, untied from the embeddings, starts at 0, and so do the values
     critic.lm_head.weight = torch.nn.Parameter(torch.zeros(1, model.config.hidden_size, device=DEVICE))
     optimizer = torch.optim.Adam([{"params": m.parameters()} for m in (model, critic)], lr=args.critic_lr)
-    evaluate_sums(model, tokenizer, args, 0)
+    reward, train, test = sum_reward, [*SUMS], [*SUMS]
+    evaluate(model, tokenizer, test, reward, args, 0)
     try:
         for step in range(args.steps):
             # 1. sample
             start = time.time()
-            prompts = [q for q in random.choices([*SUMS], k=args.batch_size) for _ in range(args.group_size)]
+            prompts = [q for q in random.choices(train, k=args.batch_size) for _ in range(args.group_size)]
             ids, attn, mask, texts, alive = sample(model, tokenizer, prompts, args.max_new_tokens)
             # 2. reward
-            rewards = torch.tensor([sum_reward(t, SUMS[q]) for t, q in zip(texts, prompts)], device=DEVICE)
+            rewards = torch.tensor([r["accuracy"] for r in map(reward, prompts, texts)]).to(DEVICE)
             # 3. advantages
             old_logp = completion_logp(model, ids, attn, mask).detach()  # already now: the rewards need it
             kl = old_logp - (completion_logp(reference, ids, attn, mask) if args.beta else old_logp)
@@ -159,7 +159,7 @@ if __name__ == "__main__":
         print("Ctrl-C: evaluating and saving what has been learned; once more stops at once")
     except RuntimeError as error:  # a gradient or a weight is not finite, or memory has run out
         sys.exit(f"stopped in step {step}, nothing saved: {error}")
-    evaluate_sums(model, tokenizer, args, len(history))
+    evaluate(model, tokenizer, test, reward, args, len(history))
     if args.save:
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)

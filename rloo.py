@@ -7,8 +7,7 @@ The reward is the type-token ratio, distinct words / words, less a penalty for t
 Differences: no KL in the reward, clipped gradients, falling rate (TRL: loss of ratio). Run: uv run rloo.py
 """
 
-import argparse, json, os, random, re, sys, time
-import dotenv, torch
+import argparse, functools, json, os, random, re, sys, time, dotenv, torch
 
 dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFLINE when it is imported
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -16,11 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 MODEL, TINY = "meta-llama/Llama-3.2-1B-Instruct", "tests/tiny-llama"  # without a GPU TINY stands in for MODEL
 SYSTEM = "You write short texts in plain English."
-WORDS = 40  # asked for in each prompt; --max-new-tokens leaves room for them
-TOPICS = """winter, music, rivers, the moon, chess, silence,
-summer, bread, coffee, trains, forests, mountains, gardens, dogs, cats, birds, bees, books, letters, football,
-cooking, school, rain, the sea, travel, clocks"""  # the first line's are for evaluation only
-PROMPTS = [f"Write about {WORDS} words about {topic}." for topic in re.split(r",\s", TOPICS)]
+TOPICS = """winter, music, rivers, the moon, chess, silence, summer, bread, coffee, trains, forests, mountains,
+gardens, dogs, cats, birds, bees, books, letters, football, cooking, school, rain, the sea, travel, clocks"""
+PROMPTS = [f"Write about 40 words about {topic}." for topic in re.split(r",\s", TOPICS)]
 
 
 def parse_args():
@@ -45,11 +42,11 @@ def parse_args():
     return args
 
 
-def lexical_reward(completion, penalty_scale):
+def lexical_reward(prompt, text, penalty_scale):
     """The reward and its parts: type-token ratio (0 without words) and number of words; don't is one."""
-    words = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", completion.lower())
-    ratio = len(set(words)) / max(1, len(words))
-    return ratio - penalty_scale * max(0, WORDS - len(words)) / WORDS, ratio, len(words)
+    words, wanted = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower()), int(prompt.split()[2])
+    ratio, short = len(set(words)) / max(1, len(words)), max(0, wanted - len(words)) / wanted
+    return {"reward": ratio - penalty_scale * short, "ttr": ratio, "words": len(words)}
 
 
 @torch.no_grad()
@@ -79,14 +76,12 @@ def completion_logp(model, ids, attn, mask):
     return (logits.gather(-1, ids[:, -C:, None]).squeeze(-1) - logits.logsumexp(-1)) * mask
 
 
-def evaluate_lexical(model, tokenizer, args, step):
-    """Prints and logs reward, type-token ratio and words of greedy texts on 6 topics; shows two of them."""
-    texts = sample(model, tokenizer, PROMPTS[:6], args.max_new_tokens, greedy=True)[3]
-    parts = [lexical_reward(text, args.brevity_penalty_scale) for text in texts]
-    scores = {name: sum(part) / 6 for name, part in zip(("reward", "ttr", "words"), zip(*parts))}
-    shown = [f"{name} {score:.3g}" for name, score in scores.items()]
-    print("after:" if step else "before:", *shown, *(f"\n  {t!r}" for t in texts[:2]))
-    print(json.dumps({"step": step, "eval": scores}), file=args.log)
+def evaluate(model, tokenizer, prompts, reward, args, step):
+    """Prints and logs the mean scores of greedy completions, one for each prompt; shows the last two."""
+    pairs = [*zip(prompts, sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)[3])]
+    means = {k: round(sum(reward(*p)[k] for p in pairs) / len(pairs), 3) for k in reward(*pairs[0])}
+    print(f"{'after' if step else 'before'}: {len(pairs)} prompts", means, *pairs[-2:], sep="\n  ")
+    print(json.dumps({"step": step, "eval": means}), file=args.log)
 
 
 def leave_one_out_advantages(rewards, G):
@@ -113,25 +108,23 @@ if __name__ == "__main__":
     facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
     print(f"rloo.py: {args.model} (the real one: --model {MODEL}), {facts}")
     optimizer = torch.optim.Adam(model.parameters())
-    evaluate_lexical(model, tokenizer, args, 0)
+    reward = functools.partial(lexical_reward, penalty_scale=args.brevity_penalty_scale)
+    train, test = PROMPTS[6:], PROMPTS[:6]
+    evaluate(model, tokenizer, test, reward, args, 0)
     try:
         for step in range(args.steps):
             # 1. sample
             start = time.time()
-            prompts = [
-                q for q in random.choices(PROMPTS[6:], k=args.batch_size) for _ in range(args.group_size)
-            ]
+            prompts = [q for q in random.choices(train, k=args.batch_size) for _ in range(args.group_size)]
             ids, attn, mask, texts, alive = sample(model, tokenizer, prompts, args.max_new_tokens)
             # 2. reward
-            parts = [lexical_reward(text, args.brevity_penalty_scale) for text in texts]
-            rewards, ratios, words = torch.tensor(parts, device=DEVICE).T
-            metrics = {"ttr": ratios.mean(), "words": words.mean()}
+            rewards, *parts = torch.tensor([[*r.values()] for r in map(reward, prompts, texts)]).to(DEVICE).T
+            metrics = {"ttr": parts[0].mean(), "words": parts[1].mean()}
             # 3. advantages
             advantages = leave_one_out_advantages(rewards, args.group_size)
             # 4. update
             optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-            # no ratio to clip: with one update a batch it is 1
-            loss = policy_gradient_loss(completion_logp(model, ids, attn, mask), advantages)
+            loss = policy_gradient_loss(completion_logp(model, ids, attn, mask), advantages)  # the ratio is 1
             optimizer.zero_grad()
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
@@ -147,7 +140,7 @@ if __name__ == "__main__":
         print("Ctrl-C: evaluating and saving what has been learned; once more stops at once")
     except RuntimeError as error:  # a gradient or a weight is not finite, or memory has run out
         sys.exit(f"stopped in step {step}, nothing saved: {error}")
-    evaluate_lexical(model, tokenizer, args, len(history))
+    evaluate(model, tokenizer, test, reward, args, len(history))
     if args.save:
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)

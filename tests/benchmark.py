@@ -88,9 +88,7 @@ def their_grpo(steps):
 
     def reward(prompts, completions, **kwargs):
         texts = [completion[0]["content"] for completion in completions]
-        return [
-            minimal_grpo.sum_reward(t, minimal_grpo.SUMS[p[1]["content"]]) for t, p in zip(texts, prompts)
-        ]
+        return [minimal_grpo.sum_reward(p[1]["content"], t)["accuracy"] for t, p in zip(texts, prompts)]
 
     system = {"role": "system", "content": minimal_grpo.SYSTEM}
     rows = [{"prompt": [system, {"role": "user", "content": q}]} for q in minimal_grpo.SUMS]

@@ -101,13 +101,14 @@ GOLD = "She has 20 - 2 = <<20-2=18>>18 eggs.\n#### 18"
     ],
 )
 def test_reward_as_a_person_would(completion, strict, lenient):
-    assert gsm8k_reward(completion, GOLD) == (strict, lenient)
+    assert gsm8k_reward(GOLD, completion) == {"accuracy": strict, "lenient": lenient}
 
 
 def test_the_answer_may_be_negative_or_large():
-    assert gsm8k_reward("#### -7", "#### -7") == (1, 1) and gsm8k_reward("#### 7", "#### -7") == (0, 0)
-    assert gsm8k_reward("#### 1,234", "#### 1234") == gsm8k_reward("#### 1234", "#### 1,234") == (1, 1)
-    assert gsm8k_reward("#### 192000000", "#### 192,000,000") == (1, 1)
+    right, wrong = {"accuracy": 1, "lenient": 1}, {"accuracy": 0, "lenient": 0}
+    assert gsm8k_reward("#### -7", "#### -7") == right and gsm8k_reward("#### -7", "#### 7") == wrong
+    assert gsm8k_reward("#### 1234", "#### 1,234") == gsm8k_reward("#### 1,234", "#### 1234") == right
+    assert gsm8k_reward("#### 192,000,000", "#### 192000000") == right
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real GSM8K is not part of the project")
@@ -118,7 +119,7 @@ def test_every_real_solution_is_right(split, count):
     for row in rows:
         gold = row["answer"].split("#### ")[1]
         assert numbers(gold) == [int(gold.replace(",", ""))]
-        assert gsm8k_reward(row["answer"], row["answer"]) == (1, 1)
+        assert gsm8k_reward(row["answer"], row["answer"]) == {"accuracy": 1, "lenient": 1}
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real GSM8K is not part of the project")
@@ -158,7 +159,7 @@ def test_micro_batches_of_sft_add_up(main, monkeypatch):
 def test_grpo_in_the_loop(main, tiny):
     """The last update's gradient against one of our own, from one pass over the whole batch without micro-batches."""
     g = main(f"gsm8k_grpo.py --steps 2 --lr 0 --beta 0.3 {QUICK} --batch-size 5")
-    rewards = [gsm8k_reward(text, solution)[0] for text, solution in zip(g["texts"], g["solutions"])]
+    rewards = [gsm8k_reward(s, t)["accuracy"] for s, t in zip(g["solutions"], g["texts"])]
     assert g["rewards"].tolist() == rewards and g["questions"][:4] == (g["questions"][0],) * 4
     logp = g["completion_logp"](g["model"], g["ids"], g["attn"], g["mask"])
     advantages = g["group_advantages"](torch.tensor(rewards), 4)
@@ -252,7 +253,7 @@ def test_evaluation(main, tmp_path, capsys):
     texts = []
     for question, _ in g["test"][:90]:  # one by one
         texts += g["sample"](model, g["tokenizer"], [question], 96, greedy=True)[3]
-    scores = [gsm8k_reward(text, solution) for text, (_, solution) in zip(texts, g["test"])]
+    scores = [gsm8k_reward(s, text).values() for text, (_, s) in zip(texts, g["test"])]
     p = sum(strict for strict, _ in scores) / 90
     assert first == {
         "accuracy": pytest.approx(p),

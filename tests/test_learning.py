@@ -51,13 +51,13 @@ def test_it_learns_in_a_notebook(script, tmp_path):
     assert re.search(r'^\["(Qwen2|Llama)ForCausalLM", "\w+", 30, \[', afterwards)
     assert len(re.findall(r"^step \d+  ", out, re.MULTILINE)) == 30 and script + ".py: tests/tiny-" in out
     if script in ACCURACY:
-        accuracies = [float(x) for x in re.findall(r"accuracy (\d\.\d+)", out)]
+        accuracies = [float(x) for x in re.findall(r"accuracy'?:? (\d\.\d+)", out)]
         highest, lowest = ACCURACY[script]
         assert accuracies[0] <= highest and accuracies[-1] >= max(lowest, accuracies[0] + 0.25)
         if script == "gsm8k_sft_grpo":
             base, sft, grpo = accuracies
             assert base < sft < grpo and grpo >= base + 0.30
     else:
-        (ratio, words), (ratio_after, words_after) = re.findall(r"ttr (\d\.\d+) words (\d+\.?\d*)", out)
+        (ratio, words), (ratio_after, words_after) = re.findall(r"'ttr': (\d\.\d+), 'words': (\d+\.\d+)", out)
         assert 0.45 <= float(ratio) <= 0.65 and float(ratio_after) >= float(ratio) + 0.15
         assert float(words_after) >= 0.85 * 40

@@ -11,6 +11,7 @@ import torch
 from reinforce import ema_baseline, lexical_reward, policy_gradient_loss
 from rloo import leave_one_out_advantages
 
+PROMPT = "Write about 40 words about winter."
 QUICK = "--steps 3 --batch-size 4 --max-new-tokens 24"
 
 
@@ -30,17 +31,19 @@ QUICK = "--steps 3 --batch-size 4 --max-new-tokens 24"
     ],
 )
 def test_words(text, ratio, words):
-    reward, *parts = lexical_reward(text, 0.0)
-    assert reward == parts[0] == pytest.approx(ratio) and parts[1] == words
-    assert lexical_reward(text, 1.0)[0] == pytest.approx(ratio - (40 - words) / 40)
-    assert lexical_reward(text, 0.5)[0] == pytest.approx(ratio - 0.5 * (40 - words) / 40)
+    scores = lexical_reward(PROMPT, text, 0.0)
+    assert scores == {"reward": pytest.approx(ratio), "ttr": pytest.approx(ratio), "words": words}
+    assert lexical_reward(PROMPT, text, 1.0)["reward"] == pytest.approx(ratio - (40 - words) / 40)
+    assert lexical_reward(PROMPT, text, 0.5)["reward"] == pytest.approx(ratio - 0.5 * (40 - words) / 40)
 
 
 def test_long_texts_are_not_punished():
     text = " ".join(f"{a}{b}" for a in "abcdef" for b in "ghijklmn")  # 48 different words
-    assert lexical_reward(text, 1.0) == (1.0, 1.0, 48)
-    assert lexical_reward(" ".join(text.split()[:40]), 1.0)[0] == 1.0
-    assert lexical_reward(" ".join(text.split()[:39]), 1.0)[0] == pytest.approx(1 - 1 / 40)
+    assert lexical_reward(PROMPT, text, 1.0) == {"reward": 1.0, "ttr": 1.0, "words": 48}
+    assert lexical_reward(PROMPT, " ".join(text.split()[:40]), 1.0)["reward"] == 1.0
+    assert lexical_reward(PROMPT, " ".join(text.split()[:39]), 1.0)["reward"] == pytest.approx(1 - 1 / 40)
+    asked_for_60 = PROMPT.replace("40", "60")  # the prompt says how many words are wanted
+    assert lexical_reward(asked_for_60, text, 1.0)["reward"] == pytest.approx(1 - 12 / 60)
 
 
 def test_ema_by_hand():
@@ -52,7 +55,7 @@ def test_ema_by_hand():
 
 
 def rewards_of(g, texts):
-    return torch.tensor([lexical_reward(text, 1.0)[0] for text in texts])
+    return torch.tensor([lexical_reward(PROMPT, text, 1.0)["reward"] for text in texts])
 
 
 @pytest.mark.parametrize("baseline", ["none", "mean", "ema", "scst"])
@@ -115,16 +118,16 @@ def test_rloo_loop(main, tiny):
     fresh, _ = tiny("llama")
     assert not any(torch.equal(a, b) for a, b in zip(g["model"].parameters(), fresh.parameters()))
     last = g["history"][-1]
-    parts = [lexical_reward(text, 1.0) for text in g["texts"]]
-    assert last["ttr"] == pytest.approx(sum(p[1] for p in parts) / 6)
-    assert last["words"] == pytest.approx(sum(p[2] for p in parts) / 6)
+    parts = [lexical_reward(PROMPT, text, 1.0) for text in g["texts"]]
+    assert last["ttr"] == pytest.approx(sum(p["ttr"] for p in parts) / 6)
+    assert last["words"] == pytest.approx(sum(p["words"] for p in parts) / 6)
 
 
 def test_training_and_evaluation_topics_differ(main):
     asked = set()
     for module in (reinforce, rloo):
         assert len(set(module.PROMPTS)) == len(module.PROMPTS) >= 26
-        assert all(f"about {module.WORDS} words" in prompt for prompt in module.PROMPTS)
+        assert all("about 40 words" in prompt for prompt in module.PROMPTS)
     for seed in range(3):
         asked |= set(
             main(f"reinforce.py --steps 1 --batch-size 100 --max-new-tokens 1 --seed {seed}")["prompts"]

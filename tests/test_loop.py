@@ -4,6 +4,9 @@ Catches what still learns and is wrong: groups that mix prompts, an old_logp mad
 learning rate that stays, metrics over padding, a gradient that is neither checked nor scaled.
 """
 
+import json
+import re
+
 import minimal_grpo
 import pytest
 import torch
@@ -33,8 +36,7 @@ def test_grpo(main, tiny):
     groups = [g["prompts"][i : i + 6] for i in range(0, 24, 6)]
     assert len(g["prompts"]) == 24 and all(len(set(group)) == 1 for group in groups)
     rewards = [
-        minimal_grpo.sum_reward(text, minimal_grpo.SUMS[prompt])
-        for text, prompt in zip(g["texts"], g["prompts"])
+        minimal_grpo.sum_reward(prompt, text)["accuracy"] for text, prompt in zip(g["texts"], g["prompts"])
     ]
     assert g["rewards"].tolist() == rewards and 0 < sum(rewards) < 24
     for i in range(0, 24, 6):
@@ -123,3 +125,28 @@ def test_each_update_starts_without_a_gradient(main, monkeypatch, script):
     )
     main(f"{script}.py --steps 3 --batch-size 1")
     assert cleared == list(range(len(passes))) and len(passes) >= 3
+
+
+@pytest.mark.parametrize("script", [name for name in PRESENT if not name.startswith("gsm8k")])
+def test_evaluation(main, tiny, tmp_path, capsys, script):
+    """Means over all the questions, greedy, counted again here one completion at a time; the last two are shown."""
+    g = main(f"{script}.py --steps 1 --batch-size 2 --max-new-tokens 40 --log {tmp_path / 'log'}")
+    first, *_, last = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    out = capsys.readouterr().out
+    qwen = script.startswith("minimal")
+    prompts = [*g["SUMS"]] if qwen else g["PROMPTS"][:6]
+    for record, model in ((first, tiny("qwen" if qwen else "llama")[0]), (last, g["model"])):
+        texts = [g["sample"](model, g["tokenizer"], [q], 40, greedy=True)[3][0] for q in prompts]
+        if qwen:
+            right = [
+                re.fullmatch(r"[^<>]*<answer>(\d+)</answer>[^<>]*", t) for t in texts
+            ]  # tiny-qwen writes no other tag
+            sums = [m and int(m[1]) == sum(map(int, re.findall(r"\d", q))) for m, q in zip(right, prompts)]
+            expected = {"accuracy": sum(map(bool, sums)) / 100}
+        else:
+            words = [re.sub(r"[^a-z' ]", " ", t.lower()).split() for t in texts]
+            ttr = [len(set(w)) / len(w) for w in words]
+            rewards = [t - max(0, 40 - len(w)) / 40 for t, w in zip(ttr, words)]
+            expected = {"reward": sum(rewards) / 6, "ttr": sum(ttr) / 6, "words": sum(map(len, words)) / 6}
+        assert record["eval"] == {name: pytest.approx(x, abs=6e-4) for name, x in expected.items()}
+        assert repr(texts[-1]) in out and repr(texts[-2]) in out

@@ -103,7 +103,7 @@ def test_loop(main, tiny):
     assert [group["lr"] for group in g["optimizer"].param_groups] == pytest.approx([1e-5 / 2, 1e-4])
     assert g["optimizer"].state[g["critic"].lm_head.weight]["step"] == 4
 
-    rewards = [minimal_grpo.sum_reward(t, minimal_grpo.SUMS[q]) for t, q in zip(g["texts"], g["prompts"])]
+    rewards = [minimal_grpo.sum_reward(q, t)["accuracy"] for t, q in zip(g["texts"], g["prompts"])]
     with torch.no_grad():
         ref_logp = minimal_ppo.completion_logp(fresh, g["ids"], g["attn"], g["mask"])
     for i, row in enumerate(g["mask"].sum(1).int().tolist()):
@@ -163,6 +163,6 @@ def test_the_critic_is_worth_its_cost(main):
         kl = minimal_ppo.completion_logp(g["model"], ids, attn, mask) - minimal_ppo.completion_logp(
             g["reference"], ids, attn, mask
         )
-    rewards = torch.tensor([minimal_grpo.sum_reward(t, minimal_grpo.SUMS[q]) for t, q in zip(texts, prompts)])
+    rewards = torch.tensor([minimal_grpo.sum_reward(q, t)["accuracy"] for t, q in zip(texts, prompts)])
     returns = (-0.05 * kl).flip(1).cumsum(1).flip(1) + rewards[:, None]  # all that is still to come
     assert ((values - returns)[mask == 1] ** 2).mean() < 0.9 * returns[mask == 1].var()

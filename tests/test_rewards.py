@@ -38,4 +38,4 @@ from minimal_grpo import sum_reward
     ],
 )
 def test_sum_reward(completion, right):
-    assert sum_reward(completion, 11) == float(right)
+    assert sum_reward("What is 3 + 8?", completion) == {"accuracy": float(right)}

@@ -91,7 +91,8 @@ def test_pairs_are_about_the_answer_and_its_form():
     kinds = set()
     for prompt, answer in list(minimal_dpo.SUMS.items()) * 5:
         chosen, rejected = minimal_dpo.sum_pair(prompt)
-        assert minimal_grpo.sum_reward(chosen, answer) == 1 and minimal_grpo.sum_reward(rejected, answer) == 0
+        assert minimal_grpo.sum_reward(prompt, chosen) == {"accuracy": 1}
+        assert minimal_grpo.sum_reward(prompt, rejected) == {"accuracy": 0}
         kinds.add("wrong number" if "answer" in rejected else "no tags")
         assert ("answer" in rejected) != (rejected.split()[-1] == str(answer))
     assert kinds == {"wrong number", "no tags"}

@@ -39,9 +39,9 @@ def sampled(model, tokenizer, prompts, limit, check):
 
 
 def test_qwen_on_sums(tiny):
-    prompts, answers = list(minimal_grpo.SUMS), list(minimal_grpo.SUMS.values())
+    prompts = list(minimal_grpo.SUMS)
     greedy, best_of_8 = sampled(
-        *tiny("qwen"), prompts, 48, lambda i, text: minimal_grpo.sum_reward(text, answers[i]) == 1
+        *tiny("qwen"), prompts, 48, lambda i, text: minimal_grpo.sum_reward(prompts[i], text)["accuracy"] == 1
     )
     assert 0.05 <= greedy <= 0.40
     assert best_of_8 >= 0.85
