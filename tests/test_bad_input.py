@@ -93,11 +93,19 @@ def test_gated_model_without_a_token(run, tmp_path):
     assert "gated repo." in line and "Make sure to have access" in line and "HF_TOKEN=... in .env" in line
 
 
-@pytest.mark.parametrize("rows", ['{"frage": "Was?", "answer": "#### 1"}', "no json", None])
-def test_data_that_cannot_be_had(run, tmp_path, rows):
+@pytest.mark.parametrize(
+    "rows, splits",
+    [
+        ('{"frage": "Was?", "answer": "#### 1"}', ("train", "test")),
+        ('{"question": "What?", "answer": "#### 1"}', ("train",)),
+        ("no json", ("train", "test")),
+        ("", ()),
+    ],
+)
+def test_data_that_cannot_be_had(run, tmp_path, rows, splits):
     folder = tmp_path / "data"
     folder.mkdir()
-    for split in ("train", "test") if rows else ():
+    for split in splits:
         (folder / f"{split}.jsonl").write_text(rows + "\n")
     done = run("gsm8k_grpo", "--dataset", folder)
     line = done.stderr.strip().splitlines()[-1]

@@ -124,15 +124,15 @@ def test_rloo_loop(main, tiny):
 
 
 def test_training_and_evaluation_topics_differ(main):
-    asked = set()
     for module in (reinforce, rloo):
         assert len(set(module.PROMPTS)) == len(module.PROMPTS) >= 26
         assert all("about 40 words" in prompt for prompt in module.PROMPTS)
-    for seed in range(3):
-        asked |= set(
-            main(f"reinforce.py --steps 1 --batch-size 100 --max-new-tokens 1 --seed {seed}")["prompts"]
+    for script, group in (("reinforce", ""), ("rloo", "--group-size 2")):
+        g = main(f"{script}.py --steps 1 --batch-size 300 {group} --max-new-tokens 1")
+        assert set(g["prompts"]) == set(g["train"]) and not set(g["train"]) & set(g["test"])
+        assert (
+            len(g["train"]) >= 20 and len(g["test"]) == 6 and {*g["train"], *g["test"]} == set(g["PROMPTS"])
         )
-    assert asked == set(reinforce.PROMPTS[6:])
 
 
 def test_unknown_baseline_is_refused(monkeypatch, capsys):
