@@ -48,15 +48,15 @@ def parse_args():
 
 def numbers(text):
     """All numbers of a text: -$1,234.50 is one; 20-5, 3/4 and 10^3 are two each."""
-    found = re.findall(r"(?<![\d.])-?\$?-?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
+    found = re.findall(r"(?<![\d.])(?:-\$?|\$-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
     return [float(re.sub("[$,]", "", number)) for number in found]
 
 
 def gsm8k_reward(solution, text):
-    """Accuracy: the line of the last #### has just the right number; lenient: that number comes last. 0 or 1."""
-    gold, line = numbers(solution)[-1:], "".join(text.split("####")[1:][-1:]).strip().split("\n")[0]
-    strict, lenient = numbers(line) == gold != [], numbers(text)[-1:] == gold != []
-    return {"accuracy": float(strict), "lenient": float(lenient)}
+    """Accuracy: just the right number is on the line of the last ####; lenient: it comes last. 0.0 or 1.0."""
+    gold, (_, mark, end) = numbers(solution)[-1:], text.rpartition("####")
+    strict = mark != "" and numbers(end.strip().partition("\n")[0]) == gold != []
+    return {"accuracy": float(strict), "lenient": float(numbers(text)[-1:] == gold != [])}
 
 
 @torch.no_grad()
@@ -143,21 +143,23 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, weights, epsilon, beta):
 if __name__ == "__main__":
     args, history = parse_args(), []
     if WORLD > 1:
-        DEVICE == "cuda" and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if DEVICE == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()  # nccl for tensors on CUDA, gloo for those on the CPU
         atexit.register(torch.distributed.destroy_process_group)  # else gloo's threads can abort the exit
     if RANK:  # only the first process prints and saves
         sys.stdout, args.save = open(os.devnull, "w"), ""
-    set_seed(args.seed + RANK)  # prompts and samples of its own for each process
-    try:  # float32, because in their own bf16 small updates would be rounded away
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
+    set_seed(args.seed * WORLD + RANK)  # prompts and samples of its own for each process
+    try:  # float32, as bf16 rounds small updates away; eager on MPS, where sdpa can be nan behind padding
+        kind = {"dtype": torch.float32, "attn_implementation": "eager" if DEVICE == "mps" else None}
+        model = AutoModelForCausalLM.from_pretrained(args.model, **kind).to(DEVICE)
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
         tokenizer.get_chat_template()  # raises where there is none
         splits = datasets.load_dataset(args.dataset, None if os.path.isdir(args.dataset) else "main")
         train, test = ([*zip(splits[name]["question"], splits[name]["answer"])] for name in ("train", "test"))
     except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
-        hint = f"HF_TOKEN=... in .env? --model {TINY} --dataset {TINY_DATASET}?"
-        sys.exit(f"--model {args.model}, --dataset {args.dataset}: {error!r:.400} ({hint})")
+        what = f"--model {args.model}, --dataset {args.dataset}: {error!r:.400}"
+        sys.exit(f"{what} (HF_TOKEN=... in .env? --model {TINY} --dataset {TINY_DATASET}?)")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
     facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
     data = f"{args.model}, {args.dataset} (the real ones: --model {MODEL} --dataset {DATASET})"
@@ -203,7 +205,7 @@ if __name__ == "__main__":
             old_logp, ref_logp = torch.empty_like(mask), torch.empty_like(mask)
             for epoch in range(args.update_epochs):
                 optimizer.zero_grad()
-                metrics = collections.Counter()
+                metrics = collections.Counter()  # its update adds up
                 for rows in torch.arange(len(ids)).split(args.micro_batch_size):
                     inputs = ids[rows], attn[rows], mask[rows]
                     logp = completion_logp(model, *inputs)

@@ -4,8 +4,7 @@
     surrogate = min(ratio * advantage, clip(ratio, 1 ± epsilon) * advantage), ratio = exp(logp - old_logp)
     objective = surrogate - (value - return)^2 / 2, return[t] = advantage[t] + value[t] before whitening
 
-A token's reward is -beta * (old_logp - ref_logp), the last's also the task's (InstructGPT, 2203.02155).
-Differences: no entropy bonus, no minibatches, advantages whitened, falling rate. Run: uv run minimal_ppo.py
+Differences: no entropy bonus, no minibatches, whitening, the policy's rate falls. Run: uv run minimal_ppo.py
 """
 
 import argparse, copy, json, os, random, sys, time, dotenv, torch
@@ -106,8 +105,9 @@ def ppo_loss(logp, old_logp, advantages, values, returns, weights, epsilon):
 if __name__ == "__main__":
     args, history = parse_args(), []
     set_seed(args.seed)
-    try:  # float32, because in their own bf16 small updates would be rounded away
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
+    try:  # float32, as bf16 rounds small updates away; eager on MPS, where sdpa can be nan behind padding
+        kind = {"dtype": torch.float32, "attn_implementation": "eager" if DEVICE == "mps" else None}
+        model = AutoModelForCausalLM.from_pretrained(args.model, **kind).to(DEVICE)
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
         tokenizer.get_chat_template()  # raises where there is none
     except (OSError, ValueError) as error:
@@ -119,7 +119,7 @@ if __name__ == "__main__":
     critic = copy.deepcopy(model)  # its head, untied from the embeddings, starts at 0, and so do the values
     critic.lm_head.weight = torch.nn.Parameter(torch.zeros(1, model.config.hidden_size, device=DEVICE))
     optimizer = torch.optim.Adam([{"params": m.parameters()} for m in (model, critic)], lr=args.critic_lr)
-    reward, train, test = sum_reward, [*SUMS], [*SUMS]
+    reward, train, test = sum_reward, [*SUMS], [*SUMS]  # none held out: the form is learned, not sums
     evaluate(model, tokenizer, test, reward, args, 0)
     try:
         for step in range(args.steps):
@@ -132,7 +132,7 @@ if __name__ == "__main__":
             # 3. advantages
             old_logp = completion_logp(model, ids, attn, mask).detach()  # already now: the rewards need it
             kl = old_logp - (completion_logp(reference, ids, attn, mask) if args.beta else old_logp)
-            token_rewards = -args.beta * kl
+            token_rewards = -args.beta * kl  # each token pays for its distance (InstructGPT, 2203.02155)
             token_rewards[range(len(mask)), mask.sum(1).long() - 1] += rewards  # also where it was cut off
             old_values = critic_values(critic, ids, attn, mask).detach()
             advantages, returns = gae(token_rewards, old_values, args.gamma, args.lam)

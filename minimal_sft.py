@@ -98,8 +98,9 @@ def sft_loss(logp, weights):
 if __name__ == "__main__":
     args, history = parse_args(), []
     set_seed(args.seed)
-    try:  # float32, because in their own bf16 small updates would be rounded away
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
+    try:  # float32, as bf16 rounds small updates away; eager on MPS, where sdpa can be nan behind padding
+        kind = {"dtype": torch.float32, "attn_implementation": "eager" if DEVICE == "mps" else None}
+        model = AutoModelForCausalLM.from_pretrained(args.model, **kind).to(DEVICE)
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
         tokenizer.get_chat_template()  # raises where there is none
     except (OSError, ValueError) as error:
@@ -108,12 +109,13 @@ if __name__ == "__main__":
     facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
     print(f"minimal_sft.py: {args.model} (the real one: --model {MODEL}), {facts}")
     optimizer = torch.optim.Adam(model.parameters())
-    evaluate(model, tokenizer, [*SUMS], sum_reward, args, 0)
+    reward, train, test = sum_reward, [*SUMS], [*SUMS]  # none held out: the form is learned, not sums
+    evaluate(model, tokenizer, test, reward, args, 0)
     try:
         for step in range(args.steps):
             # no 1. to 3.: the completions are given, and nothing is to be rewarded
             start = time.time()
-            prompts = random.choices([*SUMS], k=args.batch_size)
+            prompts = random.choices(train, k=args.batch_size)
             texts = [f"<answer>{SUMS[q]}</answer>" for q in prompts]
             ids, attn, mask = encode_given(model, tokenizer, prompts, texts)
             # 4. update
@@ -134,7 +136,7 @@ if __name__ == "__main__":
         print("Ctrl-C: evaluating and saving what has been learned; once more stops at once")
     except RuntimeError as error:  # a gradient or a weight is not finite, or memory has run out
         sys.exit(f"stopped in step {step}, nothing saved: {error}")
-    evaluate(model, tokenizer, [*SUMS], sum_reward, args, len(history))
+    evaluate(model, tokenizer, test, reward, args, len(history))
     if args.save:
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)

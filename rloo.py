@@ -4,7 +4,7 @@
     objective = advantage * (sum of logp over the completion)
 
 The reward is the type-token ratio, distinct words / words, less a penalty for texts shorter than asked.
-Differences: no KL in the reward, clipped gradients, falling rate (TRL: loss of ratio). Run: uv run rloo.py
+Differences: no KL, clipped gradient, falling rate; TRL: ratio * advantage, same gradient. Run: uv run rloo.py
 """
 
 import argparse, functools, json, os, random, re, sys, time, dotenv, torch
@@ -13,11 +13,11 @@ dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFL
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-MODEL, TINY = "meta-llama/Llama-3.2-1B-Instruct", "tests/tiny-llama"  # without a GPU TINY stands in for MODEL
+MODEL, TINY = "meta-llama/Llama-3.2-1B-Instruct", "tests/tiny-llama"  # without a GPU TINY stands in
 SYSTEM = "You write short texts in plain English."
-TOPICS = """winter, music, rivers, the moon, chess, silence, summer, bread, coffee, trains, forests, mountains,
+TOPICS = """winter, music, rivers, the moon, chess, silence, summer, bread, coffee, trains, forests, mountains
 gardens, dogs, cats, birds, bees, books, letters, football, cooking, school, rain, the sea, travel, clocks"""
-PROMPTS = [f"Write about 40 words about {topic}." for topic in re.split(r",\s", TOPICS)]
+PROMPTS = {f"Write about 40 words about {topic}.": 40 for topic in re.split(", |\n", TOPICS)}  # words wanted
 
 
 def parse_args():
@@ -44,9 +44,9 @@ def parse_args():
 
 def lexical_reward(prompt, text, penalty_scale):
     """The reward and its parts: type-token ratio (0 without words) and number of words; don't is one."""
-    words, wanted = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower()), int(prompt.split()[2])
-    ratio, short = len(set(words)) / max(1, len(words)), max(0, wanted - len(words)) / wanted
-    return {"reward": ratio - penalty_scale * short, "ttr": ratio, "words": len(words)}
+    words, wanted = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower()), PROMPTS[prompt]
+    ttr, missing = len(set(words)) / max(1, len(words)), max(0, wanted - len(words)) / wanted
+    return {"reward": ttr - penalty_scale * missing, "ttr": ttr, "words": len(words)}
 
 
 @torch.no_grad()
@@ -98,8 +98,9 @@ def policy_gradient_loss(logp, advantages):
 if __name__ == "__main__":
     args, history = parse_args(), []
     set_seed(args.seed)
-    try:  # float32, because in their own bf16 small updates would be rounded away
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
+    try:  # float32, as bf16 rounds small updates away; eager on MPS, where sdpa can be nan behind padding
+        kind = {"dtype": torch.float32, "attn_implementation": "eager" if DEVICE == "mps" else None}
+        model = AutoModelForCausalLM.from_pretrained(args.model, **kind).to(DEVICE)
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
         tokenizer.get_chat_template()  # raises where there is none
     except (OSError, ValueError) as error:
@@ -109,7 +110,7 @@ if __name__ == "__main__":
     print(f"rloo.py: {args.model} (the real one: --model {MODEL}), {facts}")
     optimizer = torch.optim.Adam(model.parameters())
     reward = functools.partial(lexical_reward, penalty_scale=args.brevity_penalty_scale)
-    train, test = PROMPTS[6:], PROMPTS[:6]
+    train, test = [*PROMPTS][6:], [*PROMPTS][:6]
     evaluate(model, tokenizer, test, reward, args, 0)
     try:
         for step in range(args.steps):

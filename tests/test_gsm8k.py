@@ -46,6 +46,9 @@ BOTH = pytest.mark.parametrize("script", ["gsm8k_grpo", "gsm8k_sft_grpo"])
         ("50%", [50]),
         ("x18y", [18]),
         ("$5$$6$", [5, 6]),
+        ("--5", [-5]),
+        ("-$-5", [-5]),
+        ("x = ---18.5", [-18.5]),
     ],
 )
 def test_numbers(text, expected):

@@ -42,8 +42,6 @@ def test_long_texts_are_not_punished():
     assert lexical_reward(PROMPT, text, 1.0) == {"reward": 1.0, "ttr": 1.0, "words": 48}
     assert lexical_reward(PROMPT, " ".join(text.split()[:40]), 1.0)["reward"] == 1.0
     assert lexical_reward(PROMPT, " ".join(text.split()[:39]), 1.0)["reward"] == pytest.approx(1 - 1 / 40)
-    asked_for_60 = PROMPT.replace("40", "60")  # the prompt says how many words are wanted
-    assert lexical_reward(asked_for_60, text, 1.0)["reward"] == pytest.approx(1 - 12 / 60)
 
 
 def test_ema_by_hand():
@@ -126,7 +124,7 @@ def test_rloo_loop(main, tiny):
 def test_training_and_evaluation_topics_differ(main):
     for module in (reinforce, rloo):
         assert len(set(module.PROMPTS)) == len(module.PROMPTS) >= 26
-        assert all("about 40 words" in prompt for prompt in module.PROMPTS)
+        assert all("about 40 words" in prompt and words == 40 for prompt, words in module.PROMPTS.items())
     for script, group in (("reinforce", ""), ("rloo", "--group-size 2")):
         g = main(f"{script}.py --steps 1 --batch-size 300 {group} --max-new-tokens 1")
         assert set(g["prompts"]) == set(g["train"]) and not set(g["train"]) & set(g["test"])
@@ -146,7 +144,7 @@ def test_no_day_in_the_prompt_and_no_pad_in_the_texts(tiny):
     """Llama's template writes the date: without date_string the same seed would give other numbers tomorrow."""
     model, tokenizer = tiny("llama")
     assert "strftime_now" in tokenizer.chat_template
-    ids, attn, *_ = reinforce.sample(model, tokenizer, reinforce.PROMPTS[:2], 0)
+    ids, attn, *_ = reinforce.sample(model, tokenizer, [*reinforce.PROMPTS][:2], 0)
     for row, seen in zip(ids, attn):
         text = tokenizer.decode(row[seen == 1])
         assert "26 Jul 2024" in text and text.count("<|begin_of_text|>") == 1
@@ -159,5 +157,5 @@ def test_each_of_llamas_three_ends_ends(tiny, monkeypatch):
     assert len(ends) == 3
     for end in ends:
         monkeypatch.setattr(torch, "multinomial", lambda probs, n: torch.full((len(probs), n), end))
-        ids, attn, mask, texts, alive = reinforce.sample(model, tokenizer, reinforce.PROMPTS[:2], 8)
+        ids, attn, mask, texts, alive = reinforce.sample(model, tokenizer, [*reinforce.PROMPTS][:2], 8)
         assert mask.tolist() == [[1.0], [1.0]] and texts == ["", ""] and not alive.any()

@@ -134,7 +134,7 @@ def test_evaluation(main, tiny, tmp_path, capsys, script):
     first, *_, last = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     out = capsys.readouterr().out
     qwen = script.startswith("minimal")
-    prompts = [*g["SUMS"]] if qwen else g["PROMPTS"][:6]
+    prompts = [*g["SUMS"]] if qwen else [*g["PROMPTS"]][:6]
     for record, model in ((first, tiny("qwen" if qwen else "llama")[0]), (last, g["model"])):
         texts = [g["sample"](model, g["tokenizer"], [q], 40, greedy=True)[3][0] for q in prompts]
         if qwen:
