@@ -232,7 +232,7 @@ if __name__ == "__main__":
         print("Ctrl-C: evaluating and saving what has been learned; once more stops at once")
     except RuntimeError as error:  # a gradient or a weight is not finite, or memory has run out
         sys.exit(f"stopped in step {step}, nothing saved: {error}")
-    evaluate_gsm8k(model, tokenizer, args, test[: args.eval_size], len(history), "grpo")
+    evaluate_gsm8k(model, tokenizer, args, test[: args.eval_size], len(history), "grpo" if history else "sft")
     if args.save:
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)

@@ -4,6 +4,7 @@ depends on how the batch is cut or shared out, a reference from before SFT, and 
 
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -323,3 +324,20 @@ def test_data_that_cannot_be_had(main, tmp_path, script, rows):
         main(f"{script}.py --dataset {tmp_path}")
     line = end.value.code
     assert f"--dataset {tmp_path}" in line and len(line.splitlines()) == 1
+
+
+def test_ctrl_c_in_the_sft_phase(main, monkeypatch, tmp_path):
+    """What has been learned is evaluated under its own name and saved."""
+    calls, choices = [], random.choices
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return choices(*args, **kwargs)
+
+    monkeypatch.setattr(random, "choices", interrupted)
+    main(f"gsm8k_sft_grpo.py {QUICK} --log {tmp_path / 'log'} --save {tmp_path / 'model'}")
+    log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [record["phase"] for record in log] == ["base", "sft", "sft", "sft"] and log[-1]["eval"]["n"] == 4
+    assert (tmp_path / "model" / "model.safetensors").exists()
