@@ -10,7 +10,7 @@ one before. Differences from the paper: each token weighs the same, two updates 
 fixed, the learning rate falls, all as minimal_grpo.py explains. Run: uv run gsm8k_sft_grpo.py
 """
 
-import argparse, atexit, collections, copy, json, os, random, re, sys, time, dotenv, torch
+import argparse, collections, copy, json, os, random, re, sys, time, dotenv, torch
 
 dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFLINE when it is imported
 import datasets
@@ -104,20 +104,23 @@ def all_sum(tensor):
 
 
 def evaluate_gsm8k(model, tokenizer, args, test, step, phase):
-    """Prints and logs strict and lenient greedy accuracy, two completions; processes share the problems."""
-    texts, share = [], test[RANK::WORLD]
+    """Prints and logs strict and lenient greedy accuracy, two completions; gives the two sums."""
+    texts, test = [], test[: args.eval_size]
+    share = test[RANK::WORLD]
     while len(texts) < len(share):
         questions = [question for question, _ in share[len(texts) :][:64]]
         texts += sample(model, tokenizer, questions, args.max_new_tokens, greedy=True)[3]
         print(f"\r{phase}: {len(texts)} of {len(share)}", end="", flush=True)
     scores = [[*gsm8k_reward(solution, text).values()] for (_, solution), text in zip(share, texts)]
-    p, lenient = (all_sum(torch.tensor(scores, device=DEVICE).view(-1, 2).sum(0)) / len(test)).tolist()
+    right = all_sum(torch.tensor(scores, device=DEVICE).view(-1, 2).sum(0))
+    p, lenient = (right / len(test)).tolist()
     z = 1.96**2 / len(test)  # Wilson's interval, which also holds near 0 and 1
     low, high = ((p + z / 2 + sign * (z * p * (1 - p) + z * z / 4) ** 0.5) / (1 + z) for sign in (-1, 1))
     line = f", accuracy {p:.3f} on {len(test)} ({low:.3f} to {high:.3f} at 95 %), lenient {lenient:.3f}"
     print(line, *map(repr, texts[:2]), sep="\n  ")
-    scores = {"accuracy": p, "lenient": lenient, "n": len(test)}
+    scores = {"accuracy": round(p, 3), "lenient": round(lenient, 3), "n": len(test)}
     print(json.dumps({"step": step, "phase": phase, "eval": scores}), file=args.log)
+    return right
 
 
 def sft_loss(logp, weights):
@@ -146,7 +149,6 @@ if __name__ == "__main__":
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()  # nccl for tensors on CUDA, gloo for those on the CPU
-        atexit.register(torch.distributed.destroy_process_group)  # else gloo's threads can abort the exit
     if RANK:  # only the first process prints and saves
         sys.stdout, args.save = open(os.devnull, "w"), ""
     set_seed(args.seed * WORLD + RANK)  # prompts and samples of its own for each process
@@ -165,7 +167,7 @@ if __name__ == "__main__":
     data = f"{args.model}, {args.dataset} (the real ones: --model {MODEL} --dataset {DATASET})"
     print(f"gsm8k_sft_grpo.py: {data}, {facts}")
     optimizer = torch.optim.Adam(model.parameters())
-    evaluate_gsm8k(model, tokenizer, args, test[: args.eval_size], 0, "base")
+    evaluate_gsm8k(model, tokenizer, args, test, 0, "base")
     try:
         for step in range(args.sft_steps):
             questions, solutions = zip(*random.choices(train, k=args.batch_size))
@@ -186,7 +188,7 @@ if __name__ == "__main__":
             record = {"step": step, "phase": "sft", "loss": all_sum(loss).item()}
             print(json.dumps(record), file=args.log)
             print(*(f"{k} {v}" for k, v in record.items()), flush=True)
-        evaluate_gsm8k(model, tokenizer, args, test[: args.eval_size], 0, "sft")
+        evaluate_gsm8k(model, tokenizer, args, test, 0, "sft")
         reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
         optimizer = torch.optim.Adam(model.parameters())  # no memory of the SFT gradients
         for step in range(args.steps):
@@ -232,7 +234,9 @@ if __name__ == "__main__":
         print("Ctrl-C: evaluating and saving what has been learned; once more stops at once")
     except RuntimeError as error:  # a gradient or a weight is not finite, or memory has run out
         sys.exit(f"stopped in step {step}, nothing saved: {error}")
-    evaluate_gsm8k(model, tokenizer, args, test[: args.eval_size], len(history), "grpo" if history else "sft")
+    right = evaluate_gsm8k(model, tokenizer, args, test, len(history), "grpo" if history else "sft")
+    if WORLD > 1:  # else gloo's threads may abort the exit; right is kept, or they may hang in freeing it
+        torch.distributed.destroy_process_group()
     if args.save:
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)

@@ -263,8 +263,8 @@ def test_evaluation(main, tmp_path, capsys):
     scores = [gsm8k_reward(s, text).values() for text, (_, s) in zip(texts, g["test"])]
     p = sum(strict for strict, _ in scores) / 90
     assert first == {
-        "accuracy": pytest.approx(p),
-        "lenient": pytest.approx(sum(lenient for _, lenient in scores) / 90),
+        "accuracy": pytest.approx(p, abs=6e-4),
+        "lenient": pytest.approx(sum(lenient for _, lenient in scores) / 90, abs=6e-4),
         "n": 90,
     }
     line = next(line for line in capsys.readouterr().out.splitlines() if "accuracy" in line)
