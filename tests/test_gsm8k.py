@@ -175,7 +175,7 @@ def test_grpo_in_the_loop(main, tiny):
 
 
 DRIVER = """
-import atexit, os, random, runpy, sys, torch
+import os, random, runpy, sys, torch
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 draws = torch.rand(300, 8, generator=torch.Generator().manual_seed(5))
 state = {"t": 0}
@@ -194,12 +194,15 @@ def choices(rows, k):  # neighbouring problems for the processes, one process ha
 
 torch.multinomial, random.choices = multinomial, choices
 out, sys.argv = sys.argv[1], sys.argv[2:]
-atexit.register(lambda: open(f"{out}.{rank}.end", "w").write(str(torch.distributed.is_initialized())))
 g = runpy.run_path(sys.argv[0], run_name="__main__")
 open(f"{out}.{rank}", "w").write(str(torch.initial_seed()))
 if rank == 0:
     parameters = list(g["model"].parameters())
     torch.save([torch.cat([x.flatten() for x in y]) for y in (parameters, [p.grad for p in parameters])], out)
+with open(f"{out}.{rank}.end", "w") as end:
+    end.write(str(torch.distributed.is_initialized()))
+sys.stdout.flush()
+os._exit(0)  # torch's threads abort one interpreter's end in twenty; what is tested here is over
 """
 
 
