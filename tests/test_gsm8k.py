@@ -193,6 +193,7 @@ def choices(rows, k):  # neighbouring problems for the processes, one process ha
     return rows[first : first + k]
 
 torch.multinomial, random.choices = multinomial, choices
+leave, os._exit, codes = os._exit, lambda code: codes.append(code), []
 out, sys.argv = sys.argv[1], sys.argv[2:]
 g = runpy.run_path(sys.argv[0], run_name="__main__")
 open(f"{out}.{rank}", "w").write(str(torch.initial_seed()))
@@ -200,9 +201,9 @@ if rank == 0:
     parameters = list(g["model"].parameters())
     torch.save([torch.cat([x.flatten() for x in y]) for y in (parameters, [p.grad for p in parameters])], out)
 with open(f"{out}.{rank}.end", "w") as end:
-    end.write(str(torch.distributed.is_initialized()))
+    end.write(str(codes))
 sys.stdout.flush()
-os._exit(0)  # torch's threads abort one interpreter's end in twenty; what is tested here is over
+leave(0)
 """
 
 
@@ -234,8 +235,9 @@ def test_two_processes_are_one(tmp_path, script):
     (w1, g1, e1, lines1), (w2, g2, e2, lines2) = results
     assert g1.norm() > 0.5 and (g1 - g2).abs().max() < 1e-5 and (w1 - w2).abs().max() < 1e-5
     assert (tmp_path / "2.pt.0").read_text() != (tmp_path / "2.pt.1").read_text(), "each its own seed"
-    # a process group that is left open aborts one exit in twenty, and torchrun then kills the process that saves
-    assert [(tmp_path / f"2.pt.{rank}.end").read_text() for rank in (0, 1)] == ["False", "False"]
+    # Python's own exit aborts one time in twenty under gloo's threads, and torchrun then kills the process that saves
+    exits = [(tmp_path / f"{name}.end").read_text() for name in ("1.pt.0", "2.pt.0", "2.pt.1")]
+    assert exits == ["[]", "[0]", "[0]"]
     assert e1 == e2 and all(e["n"] == 6 for e in e1) and lines1 == lines2 == 1
 
 
