@@ -6,8 +6,7 @@
     objective = surrogate - beta * kl, where kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
 
 GRPO starts with a fresh optimizer, and its reference is the model after SFT, or the KL would pull back to the
-one before. Differences from the paper: each token weighs the same, two updates a batch, the reference is
-fixed, the learning rate falls, all as minimal_grpo.py explains. Run: uv run gsm8k_sft_grpo.py
+one before. Differences from the paper: those of minimal_grpo.py. Run: uv run gsm8k_sft_grpo.py
 """
 
 import argparse, collections, copy, json, os, random, re, sys, time, dotenv, torch
@@ -28,7 +27,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     tiny = DEVICE == "cpu" and os.path.isdir(TINY)
     flags = {"model": TINY if tiny else MODEL, "dataset": TINY_DATASET if tiny else DATASET, "steps": 30}
-    flags |= {"batch-size": 4, "group-size": 8, "micro-batch-size": 4, "max-new-tokens": 256, "lr": 2e-6}
+    flags |= {"batch-size": 4, "group-size": 8, "micro-batch-size": 2, "max-new-tokens": 256, "lr": 2e-6}
     flags |= {"update-epochs": 2, "epsilon": 0.2, "beta": 0.04, "eval-size": 1319, "sft-steps": 3}
     for name, default in (flags | {"seed": 0, "log": os.devnull, "save": ""}).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
@@ -97,7 +96,7 @@ def completion_logp(model, ids, attn, mask):
 
 
 def all_sum(tensor):
-    """The tensor summed over the processes of torchrun, in place; the tensor itself where there is one."""
+    """The tensor summed over the processes of torchrun, in place; as it is where only one runs."""
     if WORLD > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
@@ -107,14 +106,14 @@ def evaluate_gsm8k(model, tokenizer, args, test, step, phase):
     """Prints and logs strict and lenient greedy accuracy, and two completions."""
     texts, test = [], test[: args.eval_size]
     share = test[RANK::WORLD]
-    while len(texts) < len(share):
-        questions = [question for question, _ in share[len(texts) :][:64]]
+    for start in range(0, len(share), 64):
+        questions = [question for question, _ in share[start : start + 64]]
         texts += sample(model, tokenizer, questions, args.max_new_tokens, greedy=True)[3]
         print(f"\r{phase}: {len(texts)} of {len(share)}", end="", flush=True)
     scores = [[*gsm8k_reward(solution, text).values()] for (_, solution), text in zip(share, texts)]
     right = all_sum(torch.tensor(scores, device=DEVICE).view(-1, 2).sum(0))
     p, lenient = (right / len(test)).tolist()
-    z = 1.96**2 / len(test)  # Wilson's interval, which also holds near 0 and 1
+    z = 1.96**2 / len(test)  # z^2 / n of Wilson's interval, which also holds near 0 and 1
     low, high = ((p + z / 2 + sign * (z * p * (1 - p) + z * z / 4) ** 0.5) / (1 + z) for sign in (-1, 1))
     line = f", accuracy {p:.3f} on {len(test)} ({low:.3f} to {high:.3f} at 95 %), lenient {lenient:.3f}"
     print(line, *map(repr, texts[:2]), sep="\n  ")
@@ -172,7 +171,7 @@ if __name__ == "__main__":
             questions, solutions = zip(*random.choices(train, k=args.batch_size))
             texts = [re.sub("<<.*?>>", "", solution) for solution in solutions]  # the calculator's marks
             ids, attn, mask = encode_given(model, tokenizer, questions, texts)
-            weights = mask / all_sum(mask.sum())  # of the whole batch, so that micro-batches add up
+            weights = mask / all_sum(mask.sum())  # of the whole batch: micro-batches and processes add up
             optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.sft_steps)
             optimizer.zero_grad()
             loss = torch.zeros((), device=DEVICE)
@@ -186,27 +185,27 @@ if __name__ == "__main__":
             optimizer.step()
             record = {"step": step, "phase": "sft", "loss": all_sum(loss).item()}
             print(json.dumps(record), file=args.log)
-            print(*(f"{k} {v}" for k, v in record.items()), flush=True)
+            print(f"step {step}  phase sft  loss {record['loss']:.3f}", flush=True)
         evaluate_gsm8k(model, tokenizer, args, test, 0, "sft")
         reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
         optimizer = torch.optim.Adam(model.parameters())  # no memory of the SFT gradients
         for step in range(args.steps):
             # 1. sample
             start = time.time()
-            drawn = random.choices(train, k=args.batch_size)
-            questions, solutions = zip(*(problem for problem in drawn for _ in range(args.group_size)))
+            drawn = [p for p in random.choices(train, k=args.batch_size) for _ in range(args.group_size)]
+            questions, solutions = zip(*drawn)
             ids, attn, mask, texts, alive = sample(model, tokenizer, questions, args.max_new_tokens)
             # 2. reward
             rewards = torch.tensor([r["accuracy"] for r in map(gsm8k_reward, solutions, texts)]).to(DEVICE)
             # 3. advantages
             advantages = group_advantages(rewards, args.group_size)
             # 4. update
-            weights = mask / all_sum(mask.sum())  # of the whole batch, so that micro-batches add up
+            weights = mask / all_sum(mask.sum())  # of the whole batch: micro-batches and processes add up
             optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-            old_logp, ref_logp = torch.empty_like(mask), torch.empty_like(mask)
+            old_logp, ref_logp = torch.empty_like(mask), torch.empty_like(mask)  # the first epoch fills them
             for epoch in range(args.update_epochs):
                 optimizer.zero_grad()
-                metrics = collections.Counter()  # its update adds up
+                metrics = collections.Counter()  # its update() adds to what is there
                 for rows in torch.arange(len(ids)).split(args.micro_batch_size):
                     inputs = ids[rows], attn[rows], mask[rows]
                     logp = completion_logp(model, *inputs)

@@ -176,9 +176,9 @@ def main():
         del large
         few, whole = [], []
         for _ in range(RUNS if DEVICE == "cuda" else 2):
-            few.append(peak_memory(folder, 4))
+            few.append(peak_memory(folder, 2))
             whole.append(peak_memory(folder, 16))
-    row(f"{name}: GSM8K step, micro-batches of 4 / of 16", few, whole, "MiB", more_is_better=False)
+    row(f"{name}: GSM8K step, micro-batches of 2 / of 16", few, whole, "MiB", more_is_better=False)
 
 
 if __name__ == "__main__":

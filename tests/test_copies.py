@@ -24,7 +24,7 @@ CHANGED_LINES = {  # by `diff A B`, both sides counted
     ("gsm8k_grpo", "gsm8k_sft_grpo"): 65,
 }
 STEPS = ["# 1. sample", "# 2. reward", "# 3. advantages", "# 4. update", "# 5. report"]
-LINES = {"gsm8k_grpo": 209, "gsm8k_sft_grpo": 247}  # data, micro-batches, processes, a second phase
+LINES = {"gsm8k_grpo": 209, "gsm8k_sft_grpo": 246}  # data, micro-batches, processes, a second phase
 SHARED = [  # what stands under `if __name__ == "__main__":` in every file, from one text to another
     ("    args, history = parse_args(), []", "\n"),
     ("    try:  # float32", "raises where there is none"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from gsm8k_grpo import gsm8k_reward, numbers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 REAL = ROOT.parent / "shared" / "gsm8k"
 QUICK = "--batch-size 2 --group-size 4 --max-new-tokens 64 --eval-size 4"
@@ -142,6 +142,22 @@ def test_micro_batches_add_up(main):
     )
     assert 0.9 < whole.norm() <= 1 + 1e-4
     assert (one - whole).abs().max() < 1e-5 and (three - whole).abs().max() < 1e-5
+
+
+@BOTH
+def test_one_micro_batch_at_a_time(main, script, monkeypatch):
+    """The logits that a gradient flows through, rows x columns: three rows at most, and the completion's columns only."""
+    seen, forward = [], Qwen2ForCausalLM.forward
+
+    def watched(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        seen.extend([out.logits.shape[:2]] if out.logits.requires_grad else [])
+        return out
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", watched)
+    g = main(f"{script}.py --steps 1 {QUICK} --micro-batch-size 3")
+    assert seen[-6:] == [(rows, g["mask"].shape[1]) for rows in (3, 3, 2) * 2]  # 8 completions, two updates
+    assert all(rows <= 3 for rows, _ in seen)
 
 
 def test_micro_batches_of_sft_add_up(main, monkeypatch):
