@@ -85,7 +85,7 @@ def completion_logp(model, ids, attn, mask):
 
 
 def all_sum(tensor):
-    """The tensor summed over the processes of torchrun, in place; as it is where only one runs."""
+    """The tensor summed over the processes of torchrun, in place; unchanged where only one runs."""
     if WORLD > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
@@ -102,8 +102,8 @@ def evaluate_gsm8k(model, tokenizer, args, test, step, phase):
     scores = [[*gsm8k_reward(solution, text).values()] for (_, solution), text in zip(share, texts)]
     right = all_sum(torch.tensor(scores, device=DEVICE).view(-1, 2).sum(0))
     p, lenient = (right / len(test)).tolist()
-    z = 1.96**2 / len(test)  # z^2 / n of Wilson's interval, which also holds near 0 and 1
-    low, high = ((p + z / 2 + sign * (z * p * (1 - p) + z * z / 4) ** 0.5) / (1 + z) for sign in (-1, 1))
+    w = 1.96**2 / len(test)  # z^2 / n in Wilson's interval, which also holds near 0 and 1
+    low, high = ((p + w / 2 + sign * (w * p * (1 - p) + w * w / 4) ** 0.5) / (1 + w) for sign in (-1, 1))
     line = f", accuracy {p:.3f} on {len(test)} ({low:.3f} to {high:.3f} at 95 %), lenient {lenient:.3f}"
     print(line, *map(repr, texts[:2]), sep="\n  ")
     scores = {"accuracy": round(p, 3), "lenient": round(lenient, 3), "n": len(test)}
@@ -204,6 +204,6 @@ if __name__ == "__main__":
     print("reward", "".join("▁▂▃▄▅▆▇█"[max(0, int(7.99 * x))] for x in curve), *curve[:1], "to", *curve[-1:])
     peak = torch.mps.driver_allocated_memory() if DEVICE == "mps" else torch.cuda.max_memory_allocated()
     print(f"{sum(seconds):.0f} s, {sum(tokens) / sum(seconds, 1e-9):.0f} tokens/s, GPU {peak // 2**20} MiB")
-    if WORLD > 1:  # Python's exit may abort under gloo's threads, and torchrun then report a failure
+    if WORLD > 1:  # last of all: gloo's threads may abort Python's own exit, and torchrun then kills the rest
         sys.stdout.flush()
         os._exit(0)

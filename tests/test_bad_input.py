@@ -141,7 +141,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path):
         text=True,
     )
     try:
-        for awaited in ("step 2 ", "after: "):
+        for awaited in ("step 2 ", "Ctrl-C: "):
             seen = ""
             while awaited not in seen:
                 part = process.stdout.read(1)

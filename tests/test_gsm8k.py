@@ -146,18 +146,26 @@ def test_micro_batches_add_up(main):
 
 @BOTH
 def test_one_micro_batch_at_a_time(main, script, monkeypatch):
-    """The logits that a gradient flows through, rows x columns: three rows at most, and the completion's columns only."""
+    """Rows x columns of the policy's and the reference's logits: the completions' only, each backward before the next rows."""
     seen, forward = [], Qwen2ForCausalLM.forward
 
     def watched(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
-        seen.extend([out.logits.shape[:2]] if out.logits.requires_grad else [])
+        if out.logits.shape[1] > 1:  # else the sampler's
+            seen.append(tuple(out.logits.shape[:2]))
+        if out.logits.requires_grad:
+            out.logits.register_hook(lambda gradient: seen.append("backward"))
         return out
 
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", watched)
-    g = main(f"{script}.py --steps 1 {QUICK} --micro-batch-size 3")
-    assert seen[-6:] == [(rows, g["mask"].shape[1]) for rows in (3, 3, 2) * 2]  # 8 completions, two updates
-    assert all(rows <= 3 for rows, _ in seen)
+    g = main(f"{script}.py --steps 1 {QUICK} --batch-size 5 --micro-batch-size 3")
+    C, expected = g["mask"].shape[1], []
+    for passes in (2, 1):  # the reference is asked in the first update only
+        for rows in (3, 3, 3, 3, 3, 3, 2):
+            expected += [(rows, C)] * passes + ["backward"]
+    assert seen[-len(expected) :] == expected
+    sft = [3, "backward", 2, "backward"] * 3 if script == "gsm8k_sft_grpo" else []
+    assert [x if x == "backward" else x[0] for x in seen[: -len(expected)]] == sft
 
 
 def test_micro_batches_of_sft_add_up(main, monkeypatch):
@@ -209,17 +217,21 @@ def choices(rows, k):  # neighbouring problems for the processes, one process ha
     return rows[first : first + k]
 
 torch.multinomial, random.choices = multinomial, choices
-leave, os._exit, codes = os._exit, lambda code: codes.append(code), []
-out, sys.argv = sys.argv[1], sys.argv[2:]
+leave, out, sys.argv = os._exit, sys.argv[1], sys.argv[2:]
+
+def finish(g, code):
+    with open(f"{out}.{rank}", "w") as seed, open(f"{out}.{rank}.end", "w") as end:
+        seed.write(str(torch.initial_seed()))
+        end.write(str(code))
+    if rank == 0:
+        parameters = list(g["model"].parameters())
+        torch.save([torch.cat([x.flatten() for x in y]) for y in (parameters, [p.grad for p in parameters])], out)
+    leave(0)
+
+os._exit = lambda code: finish(sys._getframe(1).f_globals, code)  # what follows it in the script does not run
 g = runpy.run_path(sys.argv[0], run_name="__main__")
-open(f"{out}.{rank}", "w").write(str(torch.initial_seed()))
-if rank == 0:
-    parameters = list(g["model"].parameters())
-    torch.save([torch.cat([x.flatten() for x in y]) for y in (parameters, [p.grad for p in parameters])], out)
-with open(f"{out}.{rank}.end", "w") as end:
-    end.write(str(codes))
 sys.stdout.flush()
-leave(0)
+finish(g, None)
 """
 
 
@@ -237,7 +249,7 @@ def test_two_processes_are_one(tmp_path, script):
             else []
         )
         flags = f"--steps 2 --lr 1e-6 --batch-size {size} --group-size 4 --max-new-tokens 48 --eval-size 6 --log {log}"
-        flags += " --sft-steps 1" if script == "gsm8k_sft_grpo" else ""
+        flags += f" --save {tmp_path / str(processes)}" + " --sft-steps 1" * (script == "gsm8k_sft_grpo")
         done = subprocess.run(
             [sys.executable, *launch, str(driver), str(out), f"{script}.py", *flags.split()],
             cwd=ROOT,
@@ -247,13 +259,14 @@ def test_two_processes_are_one(tmp_path, script):
         )
         assert done.returncode == 0, done.stderr[-2000:]
         evaluations = [json.loads(line)["eval"] for line in open(log) if "eval" in line]
+        assert done.stdout.count("tokens/s, GPU") == 1, "the last line, of the first process alone"
         results.append((*torch.load(out), evaluations, done.stdout.count("\nstep 1 ")))
     (w1, g1, e1, lines1), (w2, g2, e2, lines2) = results
     assert g1.norm() > 0.5 and (g1 - g2).abs().max() < 1e-5 and (w1 - w2).abs().max() < 1e-5
     assert (tmp_path / "2.pt.0").read_text() != (tmp_path / "2.pt.1").read_text(), "each its own seed"
     # Python's own exit aborts one time in twenty under gloo's threads, and torchrun then kills the process that saves
     exits = [(tmp_path / f"{name}.end").read_text() for name in ("1.pt.0", "2.pt.0", "2.pt.1")]
-    assert exits == ["[]", "[0]", "[0]"]
+    assert exits == ["None", "0", "0"] and (tmp_path / "2" / "model.safetensors").exists()
     assert e1 == e2 and all(e["n"] == 6 for e in e1) and lines1 == lines2 == 1
 
 
