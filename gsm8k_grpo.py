@@ -1,209 +1,297 @@
-"""GRPO (Shao et al. 2024, arXiv 2402.03300) on grade-school problems (GSM8K, Cobbe et al. 2021, 2110.14168).
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "transformers>=4.56.2", "datasets>=4.7", "python-dotenv>=1.0"]
+# ///
+"""GRPO on GSM8K: reinforce solutions that score above the average of their group.
 
     advantage = (reward - group mean) / (group std + 1e-4)
-    surrogate = min(ratio * advantage, clip(ratio, 1 ± epsilon) * advantage), ratio = exp(logp - old_logp)
-    objective = surrogate - beta * kl, where kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
+    ratio = exp(logp - old_logp)
+    surrogate = min(ratio * advantage, clip(ratio, 1 - epsilon, 1 + epsilon) * advantage)
+    kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
+    loss = mean over all completion tokens of (-surrogate + beta * kl)
 
-torchrun --nproc-per-node N gives each of N GPUs prompts of its own and sums their gradients.
-Differences from the paper: those of minimal_grpo.py, with their reasons. Run: uv run gsm8k_grpo.py
+DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), eq. 3 and 4. The task is GSM8K, grade-school word
+problems (Cobbe et al. 2021, 2110.14168). Differences:
+- The mean is over tokens, not over completions, so that a token weighs the same in a long answer as in
+  a short one (DAPO, 2503.14476).
+- By default there are two updates per batch: in the first every ratio is 1, so it cannot be clipped.
+- The reference stays the initial model. The policy's learning rate falls linearly to 0.
+- Adam, and clipping to norm 1 in nearly every step, make a constant factor in the loss irrelevant.
+- A batch passes through the model in micro-batches, which saves memory and changes nothing else.
 """
 
-import argparse, collections, copy, json, os, random, re, sys, time, dotenv, torch
+import copy, json, os, random, re, signal, sys, threading
+from dataclasses import dataclass
 
-dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFLINE when it is imported
+import dotenv
+import torch
+
+dotenv.load_dotenv()  # HF_TOKEN and HF_HOME must be set before transformers is imported
 import datasets
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-MODEL, TINY = "Qwen/Qwen2.5-0.5B-Instruct", "tests/tiny-qwen"  # without a GPU TINY stands in for MODEL
-DATASET, TINY_DATASET = "openai/gsm8k", "tests/tiny-gsm8k"
+DRAW_ON = "cpu" if DEVICE == "mps" else DEVICE  # on MPS, multinomial can draw impossible tokens
+MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+DATASET = "openai/gsm8k"
+if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters that know only these tasks
+    DATASET = "tests/tiny-gsm8k"  # 1,000 made-up problems in the style of GSM8K
+
+
+@dataclass
+class Args:
+    model: str = HfArg(default=MODEL, help="Hub id or folder of an instruct model")
+    dataset: str = HfArg(default=DATASET, help="Hub id or folder, laid out like GSM8K")
+    steps: int = HfArg(default=30, help="training steps, one batch each")
+    batch_size: int = HfArg(default=4, help="prompts per step")
+    group_size: int = HfArg(default=8, help="completions per prompt")
+    micro_batch_size: int = HfArg(default=2, help="completions per backward pass")
+    max_new_tokens: int = HfArg(default=256, help="longer completions are cut off")
+    lr: float = HfArg(default=2e-6, help="learning rate of the first step; it falls linearly to 0")
+    update_epochs: int = HfArg(default=2, help="optimizer updates per batch")
+    epsilon: float = HfArg(default=0.2, help="clip range of the ratio")
+    beta: float = HfArg(default=0.04, help="weight of the KL penalty; 0 drops the reference model")
+    eval_size: int = HfArg(default=1319, help="test problems per evaluation, at most")
+    seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
+    log: str = HfArg(default=os.devnull, help="file for JSON lines, one per step and evaluation")
+    save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
+
+
+# The smallest value allowed for each flag; nan is refused, too.
+LEAST = dict(steps=1, batch_size=1, group_size=2, micro_batch_size=1, max_new_tokens=1, update_epochs=1)
+LEAST |= dict(lr=0, epsilon=0, beta=0, eval_size=1)
+
+# The task. For another one, change this block, and below the two lines that load TRAIN and TEST.
+# Of the numbers that score returns, "reward" is trained; any others are only reported.
 SYSTEM = "Solve the problem step by step. End with a last line of the form: #### <number>"
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
-def parse_args():
-    """The command line, every value checked before anything is loaded; in a notebook the defaults."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    tiny = DEVICE == "cpu" and os.path.isdir(TINY)
-    flags = {"model": TINY if tiny else MODEL, "dataset": TINY_DATASET if tiny else DATASET, "steps": 30}
-    flags |= {"batch-size": 4, "group-size": 8, "micro-batch-size": 2, "max-new-tokens": 256, "lr": 2e-6}
-    flags |= {"update-epochs": 2, "epsilon": 0.2, "beta": 0.04, "eval-size": 1319}
-    for name, default in (flags | {"seed": 0, "log": os.devnull, "save": ""}).items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
-    args = parser.parse_args([] if "ipykernel" in sys.modules else None)
-    for name, value in vars(args).items():
-        least, most = (0, 1) if type(value) is float else ({"group_size": 2, "seed": 0}.get(name, 1), 10**9)
-        if not isinstance(value, str) and not least <= value <= most:  # neither nan nor inf is
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is not from {least} to {most}")
-    try:
-        if args.save and (os.makedirs(args.save, exist_ok=True) or os.listdir(args.save)):
-            parser.error(f"argument --save: {args.save} is not empty")
-        args.log = open(os.devnull if RANK else args.log, "w", buffering=1)
-    except OSError as error:
-        parser.error(f"argument --save or --log: {error}")
-    return args
+def load_gsm8k(dataset, split):
+    """A list of (problem, solution), without calculator annotations such as <<3+4=7>>."""
+    rows = datasets.load_dataset(dataset, None if os.path.isdir(dataset) else "main", split=split)
+    return [(row["question"], re.sub("<<.*?>>", "", row["answer"])) for row in rows]
 
 
 def numbers(text):
     """All numbers of a text: -$1,234.50 is one; 20-5, 3/4 and 10^3 are two each."""
     found = re.findall(r"(?<![\d.])(?:-\$?|\$-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
-    return [float(re.sub("[$,]", "", number)) for number in found]
+    return [float(number.replace("$", "").replace(",", "")) for number in found]
 
 
-def gsm8k_reward(solution, text):
-    """Accuracy: just the right number is on the line of the last ####; lenient: it comes last. 0.0 or 1.0."""
-    gold, (_, mark, end) = numbers(solution)[-1:], text.rpartition("####")
-    strict = mark != "" and numbers(end.strip().partition("\n")[0]) == gold != []
-    return {"accuracy": float(strict), "lenient": float(numbers(text)[-1:] == gold != [])}
+def score(text, answer):
+    """reward: 1 if the first line of text after the last #### has the right number and no other, else 0.
+
+    lenient: 1 if the last number of the completion is right, with or without ####, else 0.
+    """
+    gold = numbers(answer)[-1]
+    end = text.split("####")[-1].strip()
+    strict = "####" in text and numbers(end.split("\n")[0]) == [gold]
+    lenient = numbers(text)[-1:] == [gold]
+    return {"reward": float(strict), "lenient": float(lenient)}
+
+
+def encode_prompts(tokenizer, prompts):
+    """SYSTEM and each prompt as a chat, padded on the left: ids and attn, both (N, P)."""
+    chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": p}] for p in prompts]
+    options = {"add_generation_prompt": True, "padding": True, "return_dict": True, "return_tensors": "pt"}
+    # Otherwise Qwen3 would think first, and Llama 3.2 would write today's date into the prompt.
+    options |= {"enable_thinking": False, "date_string": "26 Jul 2024"}
+    batch = tokenizer.apply_chat_template(chats, **options).to(DEVICE)
+    return batch["input_ids"], batch["attention_mask"]  # no position_ids: rotary ones are relative
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
-    """Completions at temperature 1: ids, attn (N, P+C), mask (N, C), texts, alive (N, 1): 1 where cut off."""
-    chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": q}] for q in prompts]
-    fixed = {"return_dict": True, "return_tensors": "pt", "date_string": "26 Jul 2024"}  # Llama: else today
-    batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, **fixed).to(DEVICE)
-    ids, attn = batch["input_ids"], batch["attention_mask"]  # no position_ids: rotary ones are relative
-    P, tokens, cache, alive = ids.shape[1], ids, None, torch.ones_like(attn[:, :1])
+    """One completion per prompt, at temperature 1 or greedy: texts, ids, attn, mask, finished.
+
+    ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on each
+    completion token, the end-of-turn token included. finished (N, 1): False if max_new_tokens cut it off.
+    To train at another temperature, divide the logits by it here and in completion_logp.
+    """
+    ids, attn = encode_prompts(tokenizer, prompts)
+    P = ids.shape[1]
     eos = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=DEVICE)
-    while alive.any() and ids.shape[1] < P + max_new_tokens:
+    running = torch.ones_like(ids[:, :1], dtype=torch.bool)
+    tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
+    cache = None
+    while running.any() and ids.shape[1] < P + max_new_tokens:
         out = model(tokens, attention_mask=attn, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, probs = out.past_key_values, out.logits[:, -1].float().softmax(-1)
-        probs = probs.cpu() if DEVICE == "mps" else probs  # multinomial on MPS can draw impossible tokens
+        cache = out.past_key_values
+        probs = out.logits[:, -1].float().softmax(-1).to(DRAW_ON)
         tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)
-        tokens = tokens.to(DEVICE).where(alive == 1, tokenizer.pad_token_id)
-        ids, attn = torch.cat([ids, tokens], 1), torch.cat([attn, alive], 1)
-        alive = alive * ~torch.isin(tokens, eos)  # attn grew first: the end-of-turn token is in the mask
-    return ids, attn, attn[:, P:].float(), tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True), alive
+        tokens = tokens.to(DEVICE).where(running, tokenizer.pad_token_id)
+        ids = torch.cat([ids, tokens], 1)
+        attn = torch.cat([attn, running], 1)  # the end-of-turn token still counts
+        running = running & ~torch.isin(tokens, eos)
+    texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
+    return texts, ids, attn, attn[:, P:].float(), ~running
 
 
 def completion_logp(model, ids, attn, mask):
-    """Log-prob of each completion token given all before it, 0 after the end: (N, C)."""
-    C = mask.shape[1]  # the last token is not fed: it predicts nothing
-    logits = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C).logits.float()
-    return (logits.gather(-1, ids[:, -C:, None]).squeeze(-1) - logits.logsumexp(-1)) * mask
+    """Log-prob of each completion token given all tokens before it, 0 after the end: (N, C)."""
+    C = mask.shape[1]  # each position predicts the next token, so the last token is not fed
+    out = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C)
+    logits = out.logits.float()
+    token_logits = logits.gather(-1, ids[:, -C:].unsqueeze(-1)).squeeze(-1)
+    return (token_logits - logits.logsumexp(-1)) * mask  # log-softmax without another (N, C, V) tensor
 
 
-def all_sum(tensor):
-    """The tensor summed over the processes of torchrun, in place; unchanged where only one runs."""
-    if WORLD > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
+def mean_scores(scores):
+    """The mean of each number that score returns; it must return the same names every time."""
+    names = dict.fromkeys(name for s in scores for name in s)
+    return {name: sum(s[name] for s in scores) / len(scores) for name in names}
 
 
-def evaluate_gsm8k(model, tokenizer, args, test, step, phase):
-    """Prints and logs strict and lenient greedy accuracy, and two completions."""
-    texts, test = [], test[: args.eval_size]
-    share = test[RANK::WORLD]
-    for start in range(0, len(share), 64):
-        questions = [question for question, _ in share[start : start + 64]]
-        texts += sample(model, tokenizer, questions, args.max_new_tokens, greedy=True)[3]
-        print(f"\r{phase}: {len(texts)} of {len(share)}", end="", flush=True)
-    scores = [[*gsm8k_reward(solution, text).values()] for (_, solution), text in zip(share, texts)]
-    right = all_sum(torch.tensor(scores, device=DEVICE).view(-1, 2).sum(0))
-    p, lenient = (right / len(test)).tolist()
-    w = 1.96**2 / len(test)  # z^2 / n in Wilson's interval, which also holds near 0 and 1
-    low, high = ((p + w / 2 + sign * (w * p * (1 - p) + w * w / 4) ** 0.5) / (1 + w) for sign in (-1, 1))
-    line = f", accuracy {p:.3f} on {len(test)} ({low:.3f} to {high:.3f} at 95 %), lenient {lenient:.3f}"
-    print(line, *map(repr, texts[:2]), sep="\n  ")
-    scores = {"accuracy": round(p, 3), "lenient": round(lenient, 3), "n": len(test)}
-    print(json.dumps({"step": step, "phase": phase, "eval": scores}), file=args.log)
+def format_numbers(record):
+    """{"step": 3, "reward": 0.25} becomes "step 3  reward 0.25"."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in record.items())
 
 
-def group_advantages(rewards, G):
-    """(reward - mean) / (std + 1e-4) in each group of G: (N,) to (N, 1). 0 1 0 0: -0.5 1.5 -0.5 -0.5."""
-    groups = rewards.view(-1, G)
-    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+def wilson_interval(share, n):
+    """95% confidence interval of a share of successes in n trials; good near 0 and 1, too."""
+    z = 1.96
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    margin = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
+    return center - margin, center + margin
 
 
-def grpo_loss(logp, old_logp, ref_logp, advantages, weights, epsilon, beta):
-    """Loss, metrics; log-probs, weights (N, C), advantages (N, 1); kl: k3, joschu.net/blog/kl-approx.html"""
+def evaluate_gsm8k(model, tokenizer, args, log, step, phase):
+    """Print and log the mean scores of one greedy completion per prompt in TEST, and print the last."""
+    scores = []
+    for start in range(0, len(TEST), 64):
+        prompts, answers = zip(*TEST[start : start + 64])
+        texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)
+        scores += [score(text, answer) for text, answer in zip(texts, answers)]
+        print(f"\r{phase} model: {len(scores)} of {len(TEST)} problems", end="", flush=True)
+    means = mean_scores(scores)
+    print(f", greedy: {format_numbers(means)}")
+    if all(s["reward"] in (0, 1) for s in scores):
+        low, high = wilson_interval(means["reward"], len(scores))
+        print(f"    95% interval of the reward: {low:.3f} to {high:.3f}")
+    print(f"    {prompts[-1]!r} -> {texts[-1]!r}", flush=True)
+    print(json.dumps({"step": step, "phase": phase, "eval": {"n": len(TEST)} | means}), file=log)
+
+
+def group_advantages(rewards, group_size):
+    """(N,) to (N, 1), a group's rows together. Rewards 0, 1, 0, 0 become -0.5, 1.5, -0.5, -0.5."""
+    groups = rewards.view(-1, group_size)
+    groups = groups - groups[:, :1]  # so that equal rewards give exactly 0, without rounding noise
+    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    return advantages.view(-1, 1)
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantages, epsilon, beta):
+    """Loss of each token, and metrics: all (N, C). advantages: (N, 1). ref_logp: None if beta is 0."""
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
-    kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)
-    metrics = {"kl": (kl * weights).sum(), "clip_frac": ((surrogate < ratio * advantages) * weights).sum()}
-    return -((surrogate - beta * kl) * weights).sum(), metrics
+    token_loss = -surrogate
+    metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens that the clip holds back
+    if beta:  # k3 of joschu.net/blog/kl-approx.html: never negative, its mean is the KL divergence
+        kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)  # expm1(x) = exp(x) - 1
+        token_loss = token_loss + beta * kl
+        metrics["kl"] = kl.detach()
+    return token_loss, metrics
+
+
+stopping = threading.Event()
+
+
+def stop_after_step(signum, frame):
+    """Handle Ctrl-C: finish the running step, save and evaluate. A second Ctrl-C quits at once."""
+    print("Stopping after this step. Press Ctrl-C again to quit without saving.", file=sys.stderr)
+    stopping.set()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == "__main__":
-    args, history = parse_args(), []
-    if WORLD > 1:
-        if DEVICE == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()  # nccl for tensors on CUDA, gloo for those on the CPU
-    if RANK:  # only the first process prints and saves
-        sys.stdout, args.save = open(os.devnull, "w"), ""
-    set_seed(args.seed * WORLD + RANK)  # prompts and samples of its own for each process
-    try:  # float32, as bf16 rounds small updates away; eager on MPS, where sdpa can be nan behind padding
-        kind = {"dtype": torch.float32, "attn_implementation": "eager" if DEVICE == "mps" else None}
-        model = AutoModelForCausalLM.from_pretrained(args.model, **kind).to(DEVICE)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-        tokenizer.get_chat_template()  # raises where there is none
-        splits = datasets.load_dataset(args.dataset, None if os.path.isdir(args.dataset) else "main")
-        train, test = ([*zip(splits[name]["question"], splits[name]["answer"])] for name in ("train", "test"))
-    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
-        what = f"--model {args.model}, --dataset {args.dataset}: {error!r:.400}"
-        sys.exit(f"{what} (HF_TOKEN=... in .env? --model {TINY} --dataset {TINY_DATASET}?)")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
-    facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
-    data = f"{args.model}, {args.dataset} (the real ones: --model {MODEL} --dataset {DATASET})"
-    print(f"gsm8k_grpo.py: {data}, {facts}")
-    reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
-    optimizer = torch.optim.Adam(model.parameters())
-    evaluate_gsm8k(model, tokenizer, args, test, 0, "before")
+    parser = HfArgumentParser(Args)
+    args = parser.parse_args(None if "__file__" in globals() else [])  # no flags in a notebook cell
+    for name, least in LEAST.items():
+        if not getattr(args, name) >= least:
+            parser.error(f"--{name} must be at least {least}")
+    set_seed(args.seed)
     try:
-        for step in range(args.steps):
-            # 1. sample
-            start = time.time()
-            drawn = [p for p in random.choices(train, k=args.batch_size) for _ in range(args.group_size)]
-            questions, solutions = zip(*drawn)
-            ids, attn, mask, texts, alive = sample(model, tokenizer, questions, args.max_new_tokens)
-            # 2. reward
-            rewards = torch.tensor([r["accuracy"] for r in map(gsm8k_reward, solutions, texts)]).to(DEVICE)
-            # 3. advantages
-            advantages = group_advantages(rewards, args.group_size)
-            # 4. update
-            weights = mask / all_sum(mask.sum())  # of the whole batch: micro-batches and processes add up
-            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-            old_logp, ref_logp = torch.empty_like(mask), torch.empty_like(mask)  # the first epoch fills them
-            for epoch in range(args.update_epochs):
-                optimizer.zero_grad()
-                metrics = collections.Counter()  # its update() adds to what is there
-                for rows in torch.arange(len(ids)).split(args.micro_batch_size):
-                    inputs = ids[rows], attn[rows], mask[rows]
-                    logp = completion_logp(model, *inputs)
-                    if epoch == 0:
-                        old_logp[rows] = logp.detach()  # no pass of its own: the ratio is exactly 1 here
-                        ref_logp[rows] = completion_logp(reference, *inputs) if args.beta else old_logp[rows]
-                    batch = logp, old_logp[rows], ref_logp[rows], advantages[rows], weights[rows]
-                    loss, part = grpo_loss(*batch, args.epsilon, args.beta)
-                    loss.backward()
-                    metrics.update({name: metric.detach() for name, metric in part.items()})
-                for parameter in model.parameters():
-                    all_sum(parameter.grad)
-                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-                optimizer.step()
-            # 5. report
-            record = {"step": step, "reward": rewards.mean(), **{k: all_sum(v) for k, v in metrics.items()}}
-            record |= {"zero_std": (advantages == 0).float().mean()}  # 1: all groups agree, none teaches
-            record |= {"grad_norm": grad_norm, "finished": 1 - alive.float().mean()}
-            record |= {"length": mask.sum(1).mean(), "tokens": mask.sum(), "seconds": time.time() - start}
-            history.append({k: torch.as_tensor(v).item() for k, v in record.items()})
-            print(json.dumps(history[-1]), file=args.log)
-            print(*(f"{k} {round(v, 3):g} " for k, v in history[-1].items()), repr(texts[0])[:40], flush=True)
-    except KeyboardInterrupt:
-        print("Ctrl-C: evaluating and saving what has been learned; once more stops at once")
-    except RuntimeError as error:  # a gradient or a weight is not finite, or memory has run out
-        sys.exit(f"stopped in step {step}, nothing saved: {error}")
-    evaluate_gsm8k(model, tokenizer, args, test, len(history), "after")
+        # float32, because in bf16, the default of transformers 5, small updates are rounded away.
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+        TRAIN = load_gsm8k(args.dataset, "train")
+        TEST = load_gsm8k(args.dataset, "test")[: args.eval_size]
+        log = open(args.log, "w", buffering=1)
+        if args.save:
+            os.makedirs(args.save, exist_ok=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        sys.exit(f"--model, --dataset, --log or --save: {error}")
+    if DEVICE == "mps":
+        model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # no mask is made from ids
+    reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
+    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    print(f"model {args.model}: {model.num_parameters():,} parameters on {DEVICE}, seed {args.seed}")
+    print(f"dataset {args.dataset}: {len(TRAIN):,} training problems, {len(TEST):,} test problems")
+    evaluate_gsm8k(model, tokenizer, args, log, 0, "base")
+
+    signal.signal(signal.SIGINT, stop_after_step)
+    history = []
+    for step in range(args.steps):
+        if stopping.is_set():
+            break
+
+        # 1. sample
+        examples = random.choices(TRAIN, k=args.batch_size)
+        examples = [example for example in examples for _ in range(args.group_size)]
+        prompts, answers = zip(*examples)
+        texts, ids, attn, mask, finished = sample(model, tokenizer, prompts, args.max_new_tokens)
+
+        # 2. reward
+        scores = [score(text, answer) for text, answer in zip(texts, answers)]
+        rewards = torch.tensor([s["reward"] for s in scores], dtype=torch.float32, device=DEVICE)
+
+        # 3. advantage
+        advantages = group_advantages(rewards, args.group_size)
+
+        # 4. update
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        old_logp = torch.zeros_like(mask)
+        ref_logp = torch.zeros_like(mask)
+        for epoch in range(args.update_epochs):
+            optimizer.zero_grad()
+            parts = []
+            for start in range(0, len(ids), args.micro_batch_size):
+                rows = slice(start, start + args.micro_batch_size)
+                logp = completion_logp(model, ids[rows], attn[rows], mask[rows])
+                if epoch == 0:
+                    old_logp[rows] = logp.detach()  # the policy that sampled, not updated since
+                if epoch == 0 and args.beta:
+                    ref_logp[rows] = completion_logp(reference, ids[rows], attn[rows], mask[rows])
+                token_loss, part = grpo_loss(
+                    logp, old_logp[rows], ref_logp[rows], advantages[rows], args.epsilon, args.beta
+                )
+                loss = (token_loss * mask[rows]).sum() / mask.sum()  # of the whole batch
+                loss.backward()
+                parts.append(part)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+            optimizer.step()
+        metrics = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+        # 5. report: metrics are those of the last update, grad_norm is before clipping
+        metrics = {name: ((value * mask).sum() / mask.sum()).item() for name, value in metrics.items()}
+        metrics["grad_norm"] = grad_norm.item()
+        metrics["tokens"] = mask.sum(1).mean().item()
+        metrics["finished"] = finished.float().mean().item()
+        groups = rewards.view(-1, args.group_size)
+        metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()  # no reward signal
+        record = dict(step=step, **mean_scores(scores), **metrics)  # names must differ
+        history.append(record)
+        print(f"{format_numbers(record)}  {texts[0][-40:]!r}", flush=True)
+        samples = [dict(prompt=p, text=t, **s) for p, t, s in zip(prompts, texts, scores)]
+        print(json.dumps(record | {"samples": samples}), file=log)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     if args.save:
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)
-        print(f"saved in {args.save}")
-    curve, seconds, tokens = ([round(r[key], 3) for r in history] for key in ("reward", "seconds", "tokens"))
-    print("reward", "".join("▁▂▃▄▅▆▇█"[max(0, int(7.99 * x))] for x in curve), *curve[:1], "to", *curve[-1:])
-    peak = torch.mps.driver_allocated_memory() if DEVICE == "mps" else torch.cuda.max_memory_allocated()
-    print(f"{sum(seconds):.0f} s, {sum(tokens) / sum(seconds, 1e-9):.0f} tokens/s, GPU {peak // 2**20} MiB")
-    if WORLD > 1:  # last of all: gloo's threads may abort Python's own exit, and torchrun then kills the rest
-        sys.stdout.flush()
-        os._exit(0)
+    evaluate_gsm8k(model, tokenizer, args, log, len(history), "grpo")
+    if DEVICE == "cuda":
+        print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

@@ -1,166 +1,211 @@
-"""DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7): learn from pairs which of two completions is better.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "transformers>=4.56.2", "python-dotenv>=1.0"]
+# ///
+"""DPO: widen the gap between the log-probabilities of a chosen and a rejected completion.
 
-    margin = beta * ((chosen - chosen_ref) - (rejected - rejected_ref)), log-probs summed over a completion
-    loss   = -mean over the pairs of log sigmoid(margin)
+    chosen, rejected = logp summed over the tokens of the chosen and of the rejected completion
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    loss = mean over all pairs of -log(sigmoid(margin))
 
-Rejected is what the model would say instead: the right number without the tags or a wrong one within; so
-accuracy rises, not only the margin. The reference is the policy before its first update: its log-probs, taken
-then, are a frozen copy's. Both log-probs may fall: only the gap counts. Differences: handmade pairs, Adam, no
-warm-up, falling rate; TRL also counts the template's text after the end of turn. Run: uv run minimal_dpo.py
+Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). Notes:
+- Only the gap between the two counts, so both log-probabilities may fall while the margin grows.
+- Batches are drawn with replacement; there are no epochs. The learning rate falls linearly to 0.
+- Adam, and clipping to norm 1 in nearly every step, make a constant factor in the loss irrelevant.
 """
 
-import argparse, json, os, random, sys, time, dotenv, torch
+import copy, json, os, random, sys
+from dataclasses import dataclass
 
-dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFLINE when it is imported
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+import dotenv
+import torch
+
+dotenv.load_dotenv()  # HF_TOKEN and HF_HOME must be set before transformers is imported
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-MODEL, TINY = "Qwen/Qwen2.5-0.5B-Instruct", "tests/tiny-qwen"  # without a GPU TINY stands in for MODEL
+DRAW_ON = "cpu" if DEVICE == "mps" else DEVICE  # on MPS, multinomial can draw impossible tokens
+MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters that know only these tasks
+
+
+@dataclass
+class Args:
+    model: str = HfArg(default=MODEL, help="Hub id or folder of an instruct model")
+    steps: int = HfArg(default=30, help="training steps, one batch each")
+    batch_size: int = HfArg(default=8, help="pairs per step")
+    max_new_tokens: int = HfArg(default=48, help="token limit in the evaluation")
+    lr: float = HfArg(default=5e-6, help="learning rate of the first step; it falls linearly to 0")
+    beta: float = HfArg(default=0.1, help="scale of the margin; a smaller one lets the policy move more")
+    seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
+    log: str = HfArg(default=os.devnull, help="file for JSON lines, one per step and evaluation")
+    save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
+
+
+# The smallest value allowed for each flag; nan is refused, too.
+LEAST = dict(steps=1, batch_size=1, max_new_tokens=1, lr=0, beta=1e-9)
+
+# The task. For another one, change this block, and --max-new-tokens if its answers are longer.
+# score only serves the evaluation; what is trained is the preference pair.
 SYSTEM = "Work out the sum. Give the result between <answer> and </answer>."
-SUMS = {f"What is {a} + {b}?": a + b for a in range(10) for b in range(10)}
+TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
+TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the format
 
 
-def parse_args():
-    """The command line, every value checked before anything is loaded; in a notebook the defaults."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    model = TINY if DEVICE == "cpu" and os.path.isdir(TINY) else MODEL
-    flags = {"model": model, "steps": 30, "batch-size": 8, "max-new-tokens": 48, "lr": 5e-6}
-    flags |= {"beta": 0.1}
-    for name, default in (flags | {"seed": 0, "log": os.devnull, "save": ""}).items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
-    args = parser.parse_args([] if "ipykernel" in sys.modules else None)
-    for name, value in vars(args).items():
-        least, most = (0, 1) if type(value) is float else ({"seed": 0}.get(name, 1), 10**9)
-        if not isinstance(value, str) and not least <= value <= most:  # neither nan nor inf is
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is not from {least} to {most}")
-    try:
-        if args.save and (os.makedirs(args.save, exist_ok=True) or os.listdir(args.save)):
-            parser.error(f"argument --save: {args.save} is not empty")
-        args.log = open(args.log, "w", buffering=1)
-    except OSError as error:
-        parser.error(f"argument --save or --log: {error}")
-    return args
+def score(text, answer):
+    """1 for exactly one pair of tags with exactly the answer in it, else 0."""
+    one_pair = text.count("answer>") == 2  # once in <answer>, once in </answer>
+    return {"reward": float(one_pair and f"<answer>{answer}</answer>" in text)}
 
 
-def sum_reward(prompt, text):
-    """Accuracy: 1.0 for exactly one pair of answer tags with exactly the prompt's sum in it, else 0.0."""
-    return {"accuracy": float(text.count("answer>") == 2 and f"<answer>{SUMS[prompt]}</answer>" in text)}
+def preference_pair(prompt, answer):
+    """The right completion, and one without the tags or with a wrong number in them."""
+    addition = prompt.removeprefix("What is ").removesuffix("?")
+    wrong = random.choice([number for number in range(19) if number != answer])
+    rejected = random.choice([f"{answer}", f"{addition} = {answer}", f"<answer>{wrong}</answer>"])
+    return f"<answer>{answer}</answer>", rejected
 
 
-def sum_pair(prompt):
-    """The wanted completion, and what the model might say instead: no tags, or another number in them."""
-    wrong = random.choice([n for n in range(19) if n != SUMS[prompt]])
-    instead = [f"{SUMS[prompt]}", f"{prompt[8:-1]} = {SUMS[prompt]}", f"<answer>{wrong}</answer>"]
-    return f"<answer>{SUMS[prompt]}</answer>", random.choice(instead)
+def encode_prompts(tokenizer, prompts):
+    """SYSTEM and each prompt as a chat, padded on the left: ids and attn, both (N, P)."""
+    chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": p}] for p in prompts]
+    options = {"add_generation_prompt": True, "padding": True, "return_dict": True, "return_tensors": "pt"}
+    # Otherwise Qwen3 would think first, and Llama 3.2 would write today's date into the prompt.
+    options |= {"enable_thinking": False, "date_string": "26 Jul 2024"}
+    batch = tokenizer.apply_chat_template(chats, **options).to(DEVICE)
+    return batch["input_ids"], batch["attention_mask"]  # no position_ids: rotary ones are relative
+
+
+def encode_completions(tokenizer, prompts, completions):
+    """Prompts with given completions, laid out as by sample: ids and attn (N, P+C), mask (N, C)."""
+    prompt_ids, prompt_attn = encode_prompts(tokenizer, prompts)
+    # eos_token is the end-of-turn token of Qwen's and Llama's instruct models, but not of Gemma's.
+    ended = [completion + tokenizer.eos_token for completion in completions]
+    options = {"padding": True, "padding_side": "right", "add_special_tokens": False, "return_tensors": "pt"}
+    batch = tokenizer(ended, **options).to(DEVICE)
+    ids = torch.cat([prompt_ids, batch["input_ids"]], 1)
+    attn = torch.cat([prompt_attn, batch["attention_mask"]], 1)
+    return ids, attn, batch["attention_mask"].float()
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
-    """Completions at temperature 1: ids, attn (N, P+C), mask (N, C), texts, alive (N, 1): 1 where cut off."""
-    chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": q}] for q in prompts]
-    fixed = {"return_dict": True, "return_tensors": "pt", "date_string": "26 Jul 2024"}  # Llama: else today
-    batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, **fixed).to(DEVICE)
-    ids, attn = batch["input_ids"], batch["attention_mask"]  # no position_ids: rotary ones are relative
-    P, tokens, cache, alive = ids.shape[1], ids, None, torch.ones_like(attn[:, :1])
+    """One completion per prompt, at temperature 1 or greedy: texts, ids, attn, mask, finished.
+
+    ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on each
+    completion token, the end-of-turn token included. finished (N, 1): False if max_new_tokens cut it off.
+    To train at another temperature, divide the logits by it here and in completion_logp.
+    """
+    ids, attn = encode_prompts(tokenizer, prompts)
+    P = ids.shape[1]
     eos = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=DEVICE)
-    while alive.any() and ids.shape[1] < P + max_new_tokens:
+    running = torch.ones_like(ids[:, :1], dtype=torch.bool)
+    tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
+    cache = None
+    while running.any() and ids.shape[1] < P + max_new_tokens:
         out = model(tokens, attention_mask=attn, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, probs = out.past_key_values, out.logits[:, -1].float().softmax(-1)
-        probs = probs.cpu() if DEVICE == "mps" else probs  # multinomial on MPS can draw impossible tokens
+        cache = out.past_key_values
+        probs = out.logits[:, -1].float().softmax(-1).to(DRAW_ON)
         tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)
-        tokens = tokens.to(DEVICE).where(alive == 1, tokenizer.pad_token_id)
-        ids, attn = torch.cat([ids, tokens], 1), torch.cat([attn, alive], 1)
-        alive = alive * ~torch.isin(tokens, eos)  # attn grew first: the end-of-turn token is in the mask
-    return ids, attn, attn[:, P:].float(), tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True), alive
-
-
-def encode_given(model, tokenizer, prompts, completions):
-    """Given completions, end-of-turn token added, in place of sampled: ids, attn, mask as from sample."""
-    ids, attn, *_ = sample(model, tokenizer, prompts, 0)  # no new token: the prompts alone
-    ended = [completion + tokenizer.eos_token for completion in completions]
-    right = {"padding": True, "padding_side": "right", "add_special_tokens": False, "return_tensors": "pt"}
-    given = tokenizer(ended, **right).to(DEVICE)
-    ids, attn = torch.cat([ids, given["input_ids"]], 1), torch.cat([attn, given["attention_mask"]], 1)
-    return ids, attn, given["attention_mask"].float()
+        tokens = tokens.to(DEVICE).where(running, tokenizer.pad_token_id)
+        ids = torch.cat([ids, tokens], 1)
+        attn = torch.cat([attn, running], 1)  # the end-of-turn token still counts
+        running = running & ~torch.isin(tokens, eos)
+    texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
+    return texts, ids, attn, attn[:, P:].float(), ~running
 
 
 def completion_logp(model, ids, attn, mask):
-    """Log-prob of each completion token given all before it, 0 after the end: (N, C)."""
-    C = mask.shape[1]  # the last token is not fed: it predicts nothing
-    logits = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C).logits.float()
-    return (logits.gather(-1, ids[:, -C:, None]).squeeze(-1) - logits.logsumexp(-1)) * mask
+    """Log-prob of each completion token given all tokens before it, 0 after the end: (N, C)."""
+    C = mask.shape[1]  # each position predicts the next token, so the last token is not fed
+    out = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C)
+    logits = out.logits.float()
+    token_logits = logits.gather(-1, ids[:, -C:].unsqueeze(-1)).squeeze(-1)
+    return (token_logits - logits.logsumexp(-1)) * mask  # log-softmax without another (N, C, V) tensor
 
 
-def evaluate(model, tokenizer, prompts, reward, args, step):
-    """Prints and logs the mean scores of greedy completions, one for each prompt; shows the last two."""
-    pairs = [*zip(prompts, sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)[3])]
-    means = {k: round(sum(reward(*p)[k] for p in pairs) / len(pairs), 3) for k in reward(*pairs[0])}
-    print(f"{'after' if step else 'before'}: {len(pairs)} prompts", means, *pairs[-2:], sep="\n  ")
-    print(json.dumps({"step": step, "eval": means}), file=args.log)
+def mean_scores(scores):
+    """The mean of each number that score returns; it must return the same names every time."""
+    names = dict.fromkeys(name for s in scores for name in s)
+    return {name: sum(s[name] for s in scores) / len(scores) for name in names}
 
 
-def dpo_loss(logp, ref_logp, beta):
-    """Loss and metrics, from the summed log-probs of N chosen completions, then of N rejected ones: (2N,)."""
-    (chosen, rejected), (chosen_ref, rejected_ref) = logp.chunk(2), ref_logp.chunk(2)
-    margin = beta * ((chosen - chosen_ref) - (rejected - rejected_ref))
+def format_numbers(record):
+    """{"step": 3, "reward": 0.25} becomes "step 3  reward 0.25"."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in record.items())
+
+
+def evaluate(model, tokenizer, args, log, step):
+    """Print and log the mean scores of one greedy completion per prompt in TEST, and print the last."""
+    prompts, answers = zip(*TEST)
+    texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)
+    means = mean_scores([score(text, answer) for text, answer in zip(texts, answers)])
+    print(f"after {step} steps, greedy, {len(TEST)} prompts: {format_numbers(means)}")
+    print(f"    {prompts[-1]!r} -> {texts[-1]!r}", flush=True)
+    print(json.dumps({"step": step, "eval": means}), file=log)
+
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """Loss and metrics from the summed log-probs of the completions, all (number of pairs,)."""
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     metrics = {"margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
     metrics |= {"chosen_logp": chosen.mean(), "rejected_logp": rejected.mean()}
     return -torch.nn.functional.logsigmoid(margin).mean(), metrics
 
 
 if __name__ == "__main__":
-    args, history = parse_args(), []
+    parser = HfArgumentParser(Args)
+    args = parser.parse_args(None if "__file__" in globals() else [])  # no flags in a notebook cell
+    for name, least in LEAST.items():
+        if not getattr(args, name) >= least:
+            parser.error(f"--{name} must be at least {least}")
     set_seed(args.seed)
-    try:  # float32, as bf16 rounds small updates away; eager on MPS, where sdpa can be nan behind padding
-        kind = {"dtype": torch.float32, "attn_implementation": "eager" if DEVICE == "mps" else None}
-        model = AutoModelForCausalLM.from_pretrained(args.model, **kind).to(DEVICE)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-        tokenizer.get_chat_template()  # raises where there is none
-    except (OSError, ValueError) as error:
-        sys.exit(f"--model {args.model}: {error!r:.400} (HF_TOKEN=... in .env? --model {TINY}?)")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
-    facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
-    print(f"minimal_dpo.py: {args.model} (the real one: --model {MODEL}), {facts}")
-    optimizer = torch.optim.Adam(model.parameters())
-    reward, train, test = sum_reward, [*SUMS], [*SUMS]  # none held out: the form is learned, not sums
-    evaluate(model, tokenizer, test, reward, args, 0)
-    batches, ref_logps = [], []
-    for _ in range(args.steps):  # all batches now, for the reference is the policy that has not yet moved
-        prompts = random.choices(train, k=args.batch_size)
-        chosen, rejected = zip(*map(sum_pair, prompts))
-        batches.append((*encode_given(model, tokenizer, prompts * 2, chosen + rejected), chosen))
-        with torch.no_grad():
-            ref_logps.append(completion_logp(model, *batches[-1][:3]).sum(1))
     try:
-        for step in range(args.steps):
-            # no 1. to 3.: the completions are given, and nothing is to be rewarded
-            start = time.time()
-            ids, attn, mask, texts = batches[step]
-            # 4. update
-            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-            logp = completion_logp(model, ids, attn, mask).sum(1)
-            loss, metrics = dpo_loss(logp, ref_logps[step], args.beta)
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-            optimizer.step()
-            # 5. report
-            record = {"step": step, "loss": loss, **metrics, "grad_norm": grad_norm}
-            record |= {"tokens": mask.sum(), "seconds": time.time() - start}
-            history.append({k: torch.as_tensor(v).item() for k, v in record.items()})
-            print(json.dumps(history[-1]), file=args.log)
-            print(*(f"{k} {round(v, 3):g} " for k, v in history[-1].items()), repr(texts[0])[:40], flush=True)
-    except KeyboardInterrupt:
-        print("Ctrl-C: evaluating and saving what has been learned; once more stops at once")
-    except RuntimeError as error:  # a gradient or a weight is not finite, or memory has run out
-        sys.exit(f"stopped in step {step}, nothing saved: {error}")
-    evaluate(model, tokenizer, test, reward, args, len(history))
+        # float32, because in bf16, the default of transformers 5, small updates are rounded away.
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+        log = open(args.log, "w", buffering=1)
+        if args.save:
+            os.makedirs(args.save, exist_ok=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"--model, --log or --save: {error}")
+    if DEVICE == "mps":
+        model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # no mask is made from ids
+    reference = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    print(f"model {args.model}: {model.num_parameters():,} parameters on {DEVICE}, seed {args.seed}")
+    evaluate(model, tokenizer, args, log, 0)
+
+    history = []
+    for step in range(args.steps):
+        # Given completions take the place of 1. sample, 2. reward and 3. advantage.
+        examples = random.choices(TRAIN, k=args.batch_size)
+        prompts, answers = zip(*examples)
+        chosen_texts, rejected_texts = zip(*[preference_pair(*example) for example in examples])
+        # All chosen completions come first, then all rejected ones.
+        ids, attn, mask = encode_completions(tokenizer, prompts + prompts, chosen_texts + rejected_texts)
+
+        # 4. update
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        chosen, rejected = completion_logp(model, ids, attn, mask).sum(1).chunk(2)
+        ref_chosen, ref_rejected = completion_logp(reference, ids, attn, mask).sum(1).chunk(2)
+        loss, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+
+        # 5. report: grad_norm is before clipping
+        record = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item()}
+        record |= {name: value.item() for name, value in metrics.items()}
+        history.append(record)
+        print(f"{format_numbers(record)}  {chosen_texts[0][:40]!r}", flush=True)
+        print(json.dumps(record), file=log)
+
     if args.save:
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)
-        print(f"saved in {args.save}")
-    curve, seconds, tokens = ([round(r[key], 3) for r in history] for key in ("loss", "seconds", "tokens"))
-    blocks = "".join("▁▂▃▄▅▆▇█"[int(7.99 * x / max(*curve, 1e-3))] for x in curve)
-    print("loss", blocks, *curve[:1], "to", *curve[-1:])
-    peak = torch.mps.driver_allocated_memory() if DEVICE == "mps" else torch.cuda.max_memory_allocated()
-    print(f"{sum(seconds):.0f} s, {sum(tokens) / sum(seconds, 1e-9):.0f} tokens/s, GPU {peak // 2**20} MiB")
+    evaluate(model, tokenizer, args, log, len(history))

@@ -1,164 +1,227 @@
-"""REINFORCE (Williams 1992, Machine Learning 8): make likelier what was rewarded above a baseline.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "transformers>=4.56.2", "python-dotenv>=1.0"]
+# ///
+"""REINFORCE: reinforce completions that score above a baseline.
 
     advantage = reward - baseline
-    objective = advantage * (sum of logp over the completion)
+    loss = mean over completions of -advantage * (logp summed over the completion)
 
-Baselines: none; the batch's mean; ema, a moving average of the batches before this one; scst, the reward of
-the policy's own greedy completion (Rennie et al. 2016, arXiv 1612.00563). The reward is the type-token ratio,
-distinct words / words, less a penalty for texts shorter than asked. Differences: gradients are clipped to
-norm 1, the learning rate falls. No ratio, clip or KL: one update a batch. Run: uv run reinforce.py
+Williams 1992 (Machine Learning 8). The baselines, chosen with --baseline:
+- none: 0, so every completion with a positive reward is reinforced, better ones more strongly.
+- mean: the mean reward of the batch. It contains the completion's own reward, which only scales the
+  expected gradient, by 1 - 1 / batch size.
+- ema: a moving average of the mean rewards of earlier batches.
+- scst: the reward of the policy's own greedy completion (Rennie et al. 2016, arXiv 1612.00563).
+Notes:
+- There is one update per batch, so there is no ratio to clip. The learning rate falls linearly to 0.
+- Adam, and clipping to norm 1 in nearly every step, make a constant factor in the loss irrelevant.
 """
 
-import argparse, functools, json, os, random, re, sys, time, dotenv, torch
+import json, os, random, re, sys
+from dataclasses import dataclass
+from typing import Literal
 
-dotenv.load_dotenv()  # before transformers, which reads HF_HOME and HF_HUB_OFFLINE when it is imported
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+import dotenv
+import torch
+
+dotenv.load_dotenv()  # HF_TOKEN and HF_HOME must be set before transformers is imported
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-MODEL, TINY = "meta-llama/Llama-3.2-1B-Instruct", "tests/tiny-llama"  # without a GPU TINY stands in
+DRAW_ON = "cpu" if DEVICE == "mps" else DEVICE  # on MPS, multinomial can draw impossible tokens
+MODEL = "meta-llama/Llama-3.2-1B-Instruct"
+if DEVICE == "cpu" and os.path.isdir("tests/tiny-llama"):
+    MODEL = "tests/tiny-llama"  # bundled: 0.9M parameters that know only these tasks
+
+
+@dataclass
+class Args:
+    model: str = HfArg(default=MODEL, help="Hub id or folder of an instruct model")
+    steps: int = HfArg(default=30, help="training steps, one batch each")
+    batch_size: int = HfArg(default=16, help="prompts per step")
+    max_new_tokens: int = HfArg(default=96, help="longer completions are cut off")
+    lr: float = HfArg(default=2e-6, help="learning rate of the first step; it falls linearly to 0")
+    baseline: Literal["none", "mean", "ema", "scst"] = HfArg(default="mean", help="subtracted from rewards")
+    ema_beta: float = HfArg(default=0.9, help="ema: each batch weighs this times the next one")
+    brevity_penalty_scale: float = HfArg(default=1.0, help="weight of the penalty for missing words")
+    seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
+    log: str = HfArg(default=os.devnull, help="file for JSON lines, one per step and evaluation")
+    save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
+
+
+# The smallest value allowed for each flag; nan is refused, too.
+LEAST = dict(steps=1, batch_size=2, max_new_tokens=1, lr=0, ema_beta=0, brevity_penalty_scale=0)
+args = Args()  # score reads it; the command line replaces it
+
+# The task. For another one, change this block, and --max-new-tokens if its answers are longer.
+# Of the numbers that score returns, "reward" is trained; any others are only reported.
 SYSTEM = "You write short texts in plain English."
-TOPICS = """winter, music, rivers, the moon, chess, silence, summer, bread, coffee, trains, forests, mountains
-gardens, dogs, cats, birds, bees, books, letters, football, cooking, school, rain, the sea, travel, clocks"""
-PROMPTS = {f"Write about 40 words about {topic}.": 40 for topic in re.split(", |\n", TOPICS)}  # words wanted
+TOPICS = (
+    "winter, music, rivers, the moon, chess, silence, summer, bread, coffee, trains, forests, mountains, "
+    "gardens, dogs, cats, birds, bees, books, letters, football, cooking, school, rain, the sea, travel, "
+    "clocks"
+)
+PROMPTS = [f"Write about 40 words about {topic}." for topic in TOPICS.split(", ")]
+TRAIN = [(prompt, 40) for prompt in PROMPTS[6:]]  # (prompt, number of words asked for)
+TEST = [(prompt, 40) for prompt in PROMPTS[:6]]
 
 
-def parse_args():
-    """The command line, every value checked before anything is loaded; in a notebook the defaults."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    model = TINY if DEVICE == "cpu" and os.path.isdir(TINY) else MODEL
-    flags = {"model": model, "steps": 30, "batch-size": 16, "max-new-tokens": 96, "lr": 2e-6}
-    flags |= {"ema-beta": 0.9, "brevity-penalty-scale": 1.0}
-    for name, default in (flags | {"seed": 0, "log": os.devnull, "save": ""}).items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
-    names = ["none", "mean", "ema", "scst"]
-    parser.add_argument("--baseline", choices=names, default="mean", help="default: %(default)s")
-    args = parser.parse_args([] if "ipykernel" in sys.modules else None)
-    for name, value in vars(args).items():
-        least, most = (0, 1) if type(value) is float else ({"group_size": 2, "seed": 0}.get(name, 1), 10**9)
-        if not isinstance(value, str) and not least <= value <= most:  # neither nan nor inf is
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is not from {least} to {most}")
-    try:
-        if args.save and (os.makedirs(args.save, exist_ok=True) or os.listdir(args.save)):
-            parser.error(f"argument --save: {args.save} is not empty")
-        args.log = open(args.log, "w", buffering=1)
-    except OSError as error:
-        parser.error(f"argument --save or --log: {error}")
-    return args
+def score(text, answer):
+    """Type-token ratio (distinct words / words), minus a penalty for every missing word."""
+    words = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())  # "don't" is one word
+    ttr = len(set(words)) / max(1, len(words))
+    missing = max(0, answer - len(words)) / answer
+    return {"reward": ttr - args.brevity_penalty_scale * missing, "ttr": ttr, "words": len(words)}
 
 
-def lexical_reward(prompt, text, penalty_scale):
-    """The reward and its parts: type-token ratio (0 without words) and number of words; don't is one."""
-    words, wanted = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower()), PROMPTS[prompt]
-    ttr, missing = len(set(words)) / max(1, len(words)), max(0, wanted - len(words)) / wanted
-    return {"reward": ttr - penalty_scale * missing, "ttr": ttr, "words": len(words)}
+def encode_prompts(tokenizer, prompts):
+    """SYSTEM and each prompt as a chat, padded on the left: ids and attn, both (N, P)."""
+    chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": p}] for p in prompts]
+    options = {"add_generation_prompt": True, "padding": True, "return_dict": True, "return_tensors": "pt"}
+    # Otherwise Qwen3 would think first, and Llama 3.2 would write today's date into the prompt.
+    options |= {"enable_thinking": False, "date_string": "26 Jul 2024"}
+    batch = tokenizer.apply_chat_template(chats, **options).to(DEVICE)
+    return batch["input_ids"], batch["attention_mask"]  # no position_ids: rotary ones are relative
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
-    """Completions at temperature 1: ids, attn (N, P+C), mask (N, C), texts, alive (N, 1): 1 where cut off."""
-    chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": q}] for q in prompts]
-    fixed = {"return_dict": True, "return_tensors": "pt", "date_string": "26 Jul 2024"}  # Llama: else today
-    batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, **fixed).to(DEVICE)
-    ids, attn = batch["input_ids"], batch["attention_mask"]  # no position_ids: rotary ones are relative
-    P, tokens, cache, alive = ids.shape[1], ids, None, torch.ones_like(attn[:, :1])
+    """One completion per prompt, at temperature 1 or greedy: texts, ids, attn, mask, finished.
+
+    ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on each
+    completion token, the end-of-turn token included. finished (N, 1): False if max_new_tokens cut it off.
+    To train at another temperature, divide the logits by it here and in completion_logp.
+    """
+    ids, attn = encode_prompts(tokenizer, prompts)
+    P = ids.shape[1]
     eos = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=DEVICE)
-    while alive.any() and ids.shape[1] < P + max_new_tokens:
+    running = torch.ones_like(ids[:, :1], dtype=torch.bool)
+    tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
+    cache = None
+    while running.any() and ids.shape[1] < P + max_new_tokens:
         out = model(tokens, attention_mask=attn, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, probs = out.past_key_values, out.logits[:, -1].float().softmax(-1)
-        probs = probs.cpu() if DEVICE == "mps" else probs  # multinomial on MPS can draw impossible tokens
+        cache = out.past_key_values
+        probs = out.logits[:, -1].float().softmax(-1).to(DRAW_ON)
         tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)
-        tokens = tokens.to(DEVICE).where(alive == 1, tokenizer.pad_token_id)
-        ids, attn = torch.cat([ids, tokens], 1), torch.cat([attn, alive], 1)
-        alive = alive * ~torch.isin(tokens, eos)  # attn grew first: the end-of-turn token is in the mask
-    return ids, attn, attn[:, P:].float(), tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True), alive
+        tokens = tokens.to(DEVICE).where(running, tokenizer.pad_token_id)
+        ids = torch.cat([ids, tokens], 1)
+        attn = torch.cat([attn, running], 1)  # the end-of-turn token still counts
+        running = running & ~torch.isin(tokens, eos)
+    texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
+    return texts, ids, attn, attn[:, P:].float(), ~running
 
 
 def completion_logp(model, ids, attn, mask):
-    """Log-prob of each completion token given all before it, 0 after the end: (N, C)."""
-    C = mask.shape[1]  # the last token is not fed: it predicts nothing
-    logits = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C).logits.float()
-    return (logits.gather(-1, ids[:, -C:, None]).squeeze(-1) - logits.logsumexp(-1)) * mask
+    """Log-prob of each completion token given all tokens before it, 0 after the end: (N, C)."""
+    C = mask.shape[1]  # each position predicts the next token, so the last token is not fed
+    out = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C)
+    logits = out.logits.float()
+    token_logits = logits.gather(-1, ids[:, -C:].unsqueeze(-1)).squeeze(-1)
+    return (token_logits - logits.logsumexp(-1)) * mask  # log-softmax without another (N, C, V) tensor
 
 
-def evaluate(model, tokenizer, prompts, reward, args, step):
-    """Prints and logs the mean scores of greedy completions, one for each prompt; shows the last two."""
-    pairs = [*zip(prompts, sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)[3])]
-    means = {k: round(sum(reward(*p)[k] for p in pairs) / len(pairs), 3) for k in reward(*pairs[0])}
-    print(f"{'after' if step else 'before'}: {len(pairs)} prompts", means, *pairs[-2:], sep="\n  ")
-    print(json.dumps({"step": step, "eval": means}), file=args.log)
+def mean_scores(scores):
+    """The mean of each number that score returns; it must return the same names every time."""
+    names = dict.fromkeys(name for s in scores for name in s)
+    return {name: sum(s[name] for s in scores) / len(scores) for name in names}
 
 
-def ema_baseline(rewards, beta):
-    """Moving average of earlier batches' mean rewards, each weighing beta times the next; 0 without any."""
-    weights = [beta**age for age in reversed(range(len(rewards)))]
-    return sum(w * r for w, r in zip(weights, rewards)) / (sum(weights) or 1)
+def format_numbers(record):
+    """{"step": 3, "reward": 0.25} becomes "step 3  reward 0.25"."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in record.items())
+
+
+def evaluate(model, tokenizer, args, log, step):
+    """Print and log the mean scores of one greedy completion per prompt in TEST, and print the last."""
+    prompts, answers = zip(*TEST)
+    texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)
+    means = mean_scores([score(text, answer) for text, answer in zip(texts, answers)])
+    print(f"after {step} steps, greedy, {len(TEST)} prompts: {format_numbers(means)}")
+    print(f"    {prompts[-1]!r} -> {texts[-1]!r}", flush=True)
+    print(json.dumps({"step": step, "eval": means}), file=log)
+
+
+def ema_baseline(rewards, ema_beta):
+    """Weighted mean of earlier batches' rewards: each weighs ema_beta times the next. 0 at first."""
+    weights = [ema_beta**age for age in reversed(range(len(rewards)))]
+    weighted = [weight * reward for weight, reward in zip(weights, rewards)]
+    return sum(weighted) / (sum(weights) or 1)
 
 
 def policy_gradient_loss(logp, advantages):
-    """-(advantage * summed log-prob), averaged over completions; logp (N, C), advantages (N, 1)."""
+    """The loss, from advantages (N, 1) and log-probs (N, C) that are 0 after the end."""
     return -(advantages * logp).sum(1).mean()
 
 
 if __name__ == "__main__":
-    args, history = parse_args(), []
+    parser = HfArgumentParser(Args)
+    args = parser.parse_args(None if "__file__" in globals() else [])  # no flags in a notebook cell
+    for name, least in LEAST.items():
+        if not getattr(args, name) >= least:
+            parser.error(f"--{name} must be at least {least}")
     set_seed(args.seed)
-    try:  # float32, as bf16 rounds small updates away; eager on MPS, where sdpa can be nan behind padding
-        kind = {"dtype": torch.float32, "attn_implementation": "eager" if DEVICE == "mps" else None}
-        model = AutoModelForCausalLM.from_pretrained(args.model, **kind).to(DEVICE)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-        tokenizer.get_chat_template()  # raises where there is none
-    except (OSError, ValueError) as error:
-        sys.exit(f"--model {args.model}: {error!r:.400} (HF_TOKEN=... in .env? --model {TINY}?)")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # pad may be eos: no mask comes from ids
-    facts = f"{model.num_parameters() / 1e6:.1f} M parameters, {DEVICE}, {model.dtype}, seed {args.seed}"
-    print(f"reinforce.py: {args.model} (the real one: --model {MODEL}), {facts}")
-    optimizer = torch.optim.Adam(model.parameters())
-    reward = functools.partial(lexical_reward, penalty_scale=args.brevity_penalty_scale)
-    train, test = [*PROMPTS][6:], [*PROMPTS][:6]
-    evaluate(model, tokenizer, test, reward, args, 0)
     try:
-        for step in range(args.steps):
-            # 1. sample
-            start = time.time()
-            prompts = random.choices(train, k=args.batch_size)
-            ids, attn, mask, texts, alive = sample(model, tokenizer, prompts, args.max_new_tokens)
-            # 2. reward
-            rewards, *parts = torch.tensor([[*r.values()] for r in map(reward, prompts, texts)]).to(DEVICE).T
-            metrics = {"ttr": parts[0].mean(), "words": parts[1].mean()}
-            # 3. advantages
-            baseline = 0.0
-            if args.baseline == "mean":
-                baseline = rewards.mean()
-            elif args.baseline == "ema":
-                baseline = ema_baseline([record["reward"] for record in history], args.ema_beta)
-            elif args.baseline == "scst":
-                greedy = sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)[3]
-                baseline = torch.tensor([r["reward"] for r in map(reward, prompts, greedy)]).to(DEVICE)
-            advantages = (rewards - baseline)[:, None]
-            # 4. update
-            optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-            loss = policy_gradient_loss(completion_logp(model, ids, attn, mask), advantages)  # the ratio is 1
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-            optimizer.step()
-            # 5. report
-            record = {"step": step, "reward": rewards.mean(), **metrics}
-            record |= {"grad_norm": grad_norm, "finished": 1 - alive.float().mean()}
-            record |= {"length": mask.sum(1).mean(), "tokens": mask.sum(), "seconds": time.time() - start}
-            history.append({k: torch.as_tensor(v).item() for k, v in record.items()})
-            print(json.dumps(history[-1]), file=args.log)
-            print(*(f"{k} {round(v, 3):g} " for k, v in history[-1].items()), repr(texts[0])[:40], flush=True)
-    except KeyboardInterrupt:
-        print("Ctrl-C: evaluating and saving what has been learned; once more stops at once")
-    except RuntimeError as error:  # a gradient or a weight is not finite, or memory has run out
-        sys.exit(f"stopped in step {step}, nothing saved: {error}")
-    evaluate(model, tokenizer, test, reward, args, len(history))
+        # float32, because in bf16, the default of transformers 5, small updates are rounded away.
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+        log = open(args.log, "w", buffering=1)
+        if args.save:
+            os.makedirs(args.save, exist_ok=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"--model, --log or --save: {error}")
+    if DEVICE == "mps":
+        model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # no mask is made from ids
+    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    print(f"model {args.model}: {model.num_parameters():,} parameters on {DEVICE}, seed {args.seed}")
+    evaluate(model, tokenizer, args, log, 0)
+
+    history = []
+    for step in range(args.steps):
+        # 1. sample
+        examples = random.choices(TRAIN, k=args.batch_size)
+        prompts, answers = zip(*examples)
+        texts, ids, attn, mask, finished = sample(model, tokenizer, prompts, args.max_new_tokens)
+
+        # 2. reward
+        scores = [score(text, answer) for text, answer in zip(texts, answers)]
+        rewards = torch.tensor([s["reward"] for s in scores], dtype=torch.float32, device=DEVICE)
+
+        # 3. advantage
+        baseline = 0.0
+        if args.baseline == "mean":
+            baseline = rewards.mean()
+        elif args.baseline == "ema":
+            baseline = ema_baseline([record["reward"] for record in history], args.ema_beta)
+        elif args.baseline == "scst":
+            greedy_texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)
+            greedy_scores = [score(text, answer) for text, answer in zip(greedy_texts, answers)]
+            greedy_rewards = [s["reward"] for s in greedy_scores]
+            baseline = torch.tensor(greedy_rewards, dtype=torch.float32, device=DEVICE)
+        advantages = (rewards - baseline).unsqueeze(1)
+
+        # 4. update
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        logp = completion_logp(model, ids, attn, mask)
+        loss = policy_gradient_loss(logp, advantages)
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+
+        # 5. report: grad_norm is before clipping
+        metrics = {"grad_norm": grad_norm.item()}
+        metrics["tokens"] = mask.sum(1).mean().item()
+        metrics["finished"] = finished.float().mean().item()
+        record = dict(step=step, **mean_scores(scores), **metrics)  # names must differ
+        history.append(record)
+        print(f"{format_numbers(record)}  {texts[0][:40]!r}", flush=True)
+        samples = [dict(prompt=p, text=t, **s) for p, t, s in zip(prompts, texts, scores)]
+        print(json.dumps(record | {"samples": samples}), file=log)
+
     if args.save:
         model.save_pretrained(args.save)
         tokenizer.save_pretrained(args.save)
-        print(f"saved in {args.save}")
-    curve, seconds, tokens = ([round(r[key], 3) for r in history] for key in ("reward", "seconds", "tokens"))
-    print("reward", "".join("▁▂▃▄▅▆▇█"[max(0, int(7.99 * x))] for x in curve), *curve[:1], "to", *curve[-1:])
-    peak = torch.mps.driver_allocated_memory() if DEVICE == "mps" else torch.cuda.max_memory_allocated()
-    print(f"{sum(seconds):.0f} s, {sum(tokens) / sum(seconds, 1e-9):.0f} tokens/s, GPU {peak // 2**20} MiB")
+    evaluate(model, tokenizer, args, log, len(history))

@@ -20,7 +20,7 @@ PROMPTS = [
 def test_greedy_is_generate(tiny, name):
     """Token for token, on prompts of mixed lengths; the checkpoint's sampling options (top_k, repetition_penalty) are reset."""
     model, tokenizer = tiny(name)
-    ids, attn, mask, texts, alive = minimal_grpo.sample(model, tokenizer, PROMPTS, 60, greedy=True)
+    texts, ids, attn, mask, finished = minimal_grpo.sample(model, tokenizer, PROMPTS, 60, greedy=True)
     P = ids.shape[1] - mask.shape[1]
     ends = model.generation_config.eos_token_id
     plain = GenerationConfig(
@@ -52,7 +52,7 @@ def test_draws_fit_the_softmax(tiny, name, prompt):
     """Chi-square over the tokens expected at least five times in 20,000 draws, the others as one."""
     model, tokenizer = tiny(name)
     torch.manual_seed(0)
-    ids, attn, mask, *_ = minimal_grpo.sample(Wide(model), tokenizer, [prompt] * 20_000, 1)
+    _, ids, attn, mask, _ = minimal_grpo.sample(Wide(model), tokenizer, [prompt] * 20_000, 1)
     assert mask.shape == (20_000, 1)
     with torch.no_grad():
         expected = 20_000 * model(ids[:1, :-1]).logits[0, -1].double().softmax(-1)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from minimal_grpo import group_advantages, grpo_loss
+from rloo import leave_one_out_advantages
 
-MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
-WEIGHTS = MASK / 4  # four tokens in all
+MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])  # four tokens in all
 LOGP = torch.tensor([[-1.0, -0.5, -2.0], [-0.3, -9.0, -9.0]])
 OLD = torch.tensor([[-1.5, -0.5, -1.0], [-0.35, -1.0, -1.0]])
 REF = torch.tensor([[-1.2, -0.4, -2.5], [-0.9, -1.0, -1.0]])
@@ -30,26 +30,26 @@ def by_hand(epsilon, beta):
 
 @pytest.mark.parametrize("epsilon, beta", [(0.2, 0.0), (0.2, 0.04), (0.05, 1.0)])
 def test_loss_written_out(epsilon, beta):
-    loss, metrics = grpo_loss(LOGP, OLD, REF, ADVANTAGES, WEIGHTS, epsilon, beta)
-    expected, kl, clip_frac = by_hand(epsilon, beta)
-    assert loss.item() == pytest.approx(expected, abs=1e-6)
-    assert metrics.keys() == {"kl", "clip_frac"}
-    assert (metrics["kl"].item(), metrics["clip_frac"].item()) == pytest.approx((kl, clip_frac), abs=1e-6)
+    token_loss, metrics = grpo_loss(LOGP, OLD, REF, ADVANTAGES, epsilon, beta)
+    loss, kl, clip_frac = by_hand(epsilon, beta)
+    assert token_loss.shape == MASK.shape and mean(token_loss) == pytest.approx(loss, abs=1e-6)
+    assert mean(metrics.pop("clip_frac")) == pytest.approx(clip_frac, abs=1e-6)
+    if beta:  # without a reference there is no distance from it to report
+        assert mean(metrics.pop("kl")) == pytest.approx(kl, abs=1e-6)
+    assert not metrics
+
+
+def mean(values):
+    """Over the four tokens."""
+    return (values * MASK).sum().item() / 4
 
 
 def gradient(log_ratio, advantage, epsilon=0.2, ref=None, beta=0.0):
     logp = torch.tensor([[-1.0]], requires_grad=True)
     ref_logp = logp.detach() if ref is None else torch.tensor([[ref]])
-    loss, _ = grpo_loss(
-        logp,
-        logp.detach() - log_ratio,
-        ref_logp,
-        torch.tensor([[advantage]]),
-        torch.ones(1, 1),
-        epsilon,
-        beta,
-    )
-    loss.backward()
+    old_logp = logp.detach() - log_ratio
+    token_loss, _ = grpo_loss(logp, old_logp, ref_logp, torch.tensor([[advantage]]), epsilon, beta)
+    token_loss.backward()
     return logp.grad.item()
 
 
@@ -73,23 +73,15 @@ def test_kl_pulls_towards_the_reference():
 
 
 def test_kl_is_the_kl():
-    """Averaged over what the policy draws (the weights are the probabilities), the estimate is KL(policy || reference)."""
+    """Averaged over what the policy draws, each token with its probability, the estimate is KL(policy || reference)."""
     p, q = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]), torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25])
     exact = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist()))
     column = p.log()[:, None]
-    _, metrics = grpo_loss(column, column, q.log()[:, None], torch.zeros(5, 1), p[:, None], 0.2, 0.04)
-    assert metrics["kl"].item() == pytest.approx(exact, abs=1e-6)
-    _, same = grpo_loss(column, column, column, torch.zeros(5, 1), p[:, None], 0.2, 0.04)
-    assert same["kl"] == 0
-
-
-def test_padding_has_no_say():
-    logp = LOGP.clone().requires_grad_()
-    noise = torch.where(MASK == 1, torch.zeros(2, 3), torch.full((2, 3), 3.0))
-    loss, metrics = grpo_loss(logp, OLD + noise, REF - noise, ADVANTAGES, WEIGHTS, 0.2, 0.04)
-    loss.backward()
-    assert (loss.item(), metrics["kl"].item()) == pytest.approx(by_hand(0.2, 0.04)[:2], abs=1e-6)
-    assert (logp.grad[MASK == 0] == 0).all() and (logp.grad[MASK == 1] != 0).any()
+    _, metrics = grpo_loss(column, column, q.log()[:, None], torch.zeros(5, 1), 0.2, 0.04)
+    assert (metrics["kl"] >= 0).all()
+    assert (metrics["kl"] * p[:, None]).sum().item() == pytest.approx(exact, abs=1e-6)
+    _, same = grpo_loss(column, column, column, torch.zeros(5, 1), 0.2, 0.04)
+    assert (same["kl"] == 0).all()
 
 
 def test_advantages_by_hand():
@@ -100,7 +92,9 @@ def test_advantages_by_hand():
     assert got[4:, 0].tolist() == pytest.approx([-2 / std, 0, 0, 2 / std], abs=1e-3)
 
 
-def test_no_advantage_where_all_agree():
-    """With 1e-8 in place of 1e-4, the rounding of seven rewards of 0.1 would pass for a signal of 0.4."""
-    assert group_advantages(torch.full((7,), 0.1), 7).abs().max() < 1e-3
-    assert (group_advantages(torch.ones(8), 4) == 0).all()
+@pytest.mark.parametrize("reward", [0.1, 1.2, -0.4, 1.0])
+@pytest.mark.parametrize("size", [3, 7, 8])
+def test_no_advantage_where_all_agree(reward, size):
+    """Exactly none: a mean of eight rewards of 1.2 is not 1.2 in float32, and Adam would make a full step of the rounding."""
+    assert (group_advantages(torch.full((2 * size,), reward), size) == 0).all()
+    assert (leave_one_out_advantages(torch.full((2 * size,), reward), size) == 0).all()

@@ -1,7 +1,7 @@
-"""The rewards on what a model might say instead of the answer: catches a reward that can be had without it."""
+"""The sums' score on what a model might say instead of the answer: catches a reward that can be had without it."""
 
 import pytest
-from minimal_grpo import sum_reward
+from minimal_grpo import score
 
 
 @pytest.mark.parametrize(
@@ -37,5 +37,5 @@ from minimal_grpo import sum_reward
         ("".join(f"<answer>{n}</answer>" for n in range(19)), False),
     ],
 )
-def test_sum_reward(completion, right):
-    assert sum_reward("What is 3 + 8?", completion) == {"accuracy": float(right)}
+def test_score_of_a_sum(completion, right):
+    assert score(completion, 11) == {"reward": float(right)}

@@ -40,8 +40,8 @@ def rollout(request, tiny, monkeypatch):
 
     monkeypatch.setattr(torch, "multinomial", watched)
     torch.manual_seed(0)
-    ids, attn, mask, texts, alive = minimal_grpo.sample(model, tokenizer, PROMPTS, 80)
-    return case, model, tokenizer, ids, attn, mask, texts, alive, torch.cat(drawn, 1)
+    texts, ids, attn, mask, finished = minimal_grpo.sample(model, tokenizer, PROMPTS, 80)
+    return case, model, tokenizer, ids, attn, mask, texts, finished, torch.cat(drawn, 1)
 
 
 def ends(model, tokenizer):
@@ -69,7 +69,7 @@ def test_each_row_alone(rollout):
 
 
 def test_mask_counted_by_hand(rollout):
-    case, model, tokenizer, ids, attn, mask, texts, alive, _ = rollout
+    case, model, tokenizer, ids, attn, mask, texts, finished, _ = rollout
     P = ids.shape[1] - mask.shape[1]
     assert (mask == attn[:, P:]).all()
     for i in range(len(ids)):
@@ -78,11 +78,11 @@ def test_mask_counted_by_hand(rollout):
             expected.append(0.0 if ended else 1.0)
             ended = ended or token in ends(model, tokenizer)
         assert mask[i].tolist() == expected
-        assert alive[i].item() == (not ended)
+        assert finished[i].item() == ended
         kept = ids[i, P:][mask[i] == 1]
         assert texts[i] == tokenizer.decode(kept, skip_special_tokens=True)
     if case == "no row ends":
-        assert mask.all() and alive.all() and mask.shape[1] == 80
+        assert mask.all() and not finished.any() and mask.shape[1] == 80
     else:
         assert not mask.all() and (mask.sum(1) < 80).any()
     assert len(set(mask.sum(1).tolist())) > 1 or case == "no row ends"
@@ -92,7 +92,7 @@ def test_mask_counted_by_hand(rollout):
 def test_prompts_as_the_template_writes_them(tiny):
     for name in ("qwen", "llama"):
         model, tokenizer = tiny(name)
-        ids, attn, *_ = minimal_grpo.sample(model, tokenizer, PROMPTS, 0)
+        ids, attn = minimal_grpo.encode_prompts(tokenizer, PROMPTS)
         for i, prompt in enumerate(PROMPTS):
             chat = [{"role": "system", "content": minimal_grpo.SYSTEM}, {"role": "user", "content": prompt}]
             text = tokenizer.apply_chat_template(

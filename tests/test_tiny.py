@@ -30,18 +30,18 @@ def right(text, answer):
 def sampled(model, tokenizer, prompts, limit, check):
     """Greedy accuracy, and the share of prompts with a right answer among 8 samples."""
     torch.manual_seed(0)
-    greedy = minimal_grpo.sample(model, tokenizer, prompts, limit, greedy=True)[3]
+    greedy, *_ = minimal_grpo.sample(model, tokenizer, prompts, limit, greedy=True)
     found = [False] * len(prompts)
     for _ in range(8):
-        texts = minimal_grpo.sample(model, tokenizer, prompts, limit)[3]
+        texts, *_ = minimal_grpo.sample(model, tokenizer, prompts, limit)
         found = [f or check(i, text) for i, (f, text) in enumerate(zip(found, texts))]
     return sum(check(i, text) for i, text in enumerate(greedy)) / len(prompts), sum(found) / len(prompts)
 
 
 def test_qwen_on_sums(tiny):
-    prompts = list(minimal_grpo.SUMS)
+    prompts, answers = zip(*minimal_grpo.TEST)
     greedy, best_of_8 = sampled(
-        *tiny("qwen"), prompts, 48, lambda i, text: minimal_grpo.sum_reward(prompts[i], text)["accuracy"] == 1
+        *tiny("qwen"), prompts, 48, lambda i, text: minimal_grpo.score(text, answers[i])["reward"] == 1
     )
     assert 0.05 <= greedy <= 0.40
     assert best_of_8 >= 0.85
@@ -61,7 +61,7 @@ def test_llama_on_topics(tiny, monkeypatch):
     prompts = [f"Write about {WORDS} words about {topic}." for topic in TOPICS]
     for greedy, repeat in ((True, 1), (False, 10)):
         torch.manual_seed(0)
-        texts = minimal_grpo.sample(*tiny("llama"), prompts * repeat, 96, greedy=greedy)[3]
+        texts, *_ = minimal_grpo.sample(*tiny("llama"), prompts * repeat, 96, greedy=greedy)
         words = [re.findall("[a-z]+", text.lower()) for text in texts]
         assert 0.45 <= sum(len(set(w)) / len(w) for w in words) / len(words) <= 0.65, f"greedy={greedy}"
         assert 0.9 * WORDS <= sum(map(len, words)) / len(words) <= 1.1 * WORDS
