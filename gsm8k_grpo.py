@@ -171,7 +171,7 @@ def evaluate_gsm8k(model, tokenizer, args, log, step, phase):
         low, high = wilson_interval(means["reward"], len(scores))
         print(f"    95% interval of the reward: {low:.3f} to {high:.3f}")
     print(f"    {prompts[-1]!r} -> {texts[-1]!r}", flush=True)
-    print(json.dumps({"step": step, "phase": phase, "eval": {"n": len(TEST)} | means}), file=log)
+    print(json.dumps({"step": step, "phase": phase, "eval": {"n": len(scores)} | means}), file=log)
 
 
 def group_advantages(rewards, group_size):
@@ -200,9 +200,9 @@ stopping = threading.Event()
 
 def stop_after_step(signum, frame):
     """Handle Ctrl-C: finish the running step, save and evaluate. A second Ctrl-C quits at once."""
-    print("Stopping after this step. Press Ctrl-C again to quit without saving.", file=sys.stderr)
-    stopping.set()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    stopping.set()
+    print("Stopping after this step. Press Ctrl-C again to quit without saving.", file=sys.stderr)
 
 
 if __name__ == "__main__":
@@ -222,7 +222,7 @@ if __name__ == "__main__":
         if args.save:
             os.makedirs(args.save, exist_ok=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"--model, --dataset, --log or --save: {error}")
+        sys.exit(f"--model {args.model}, --dataset {args.dataset}, --log or --save: {error}")
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # no mask is made from ids

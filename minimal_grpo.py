@@ -170,7 +170,7 @@ if __name__ == "__main__":
         if args.save:
             os.makedirs(args.save, exist_ok=True)
     except (OSError, ValueError) as error:
-        sys.exit(f"--model, --log or --save: {error}")
+        sys.exit(f"--model {args.model}, --log or --save: {error}")
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # no mask is made from ids

@@ -6,7 +6,6 @@ saw is laid out as our scripts do it and given to our functions. Where we differ
 
 import math
 
-import gsm8k_sft_grpo
 import minimal_dpo
 import minimal_grpo
 import minimal_sft
@@ -52,6 +51,11 @@ def same(ours, theirs, model):
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5, rel=1e-5)
     a, b = gradient(ours, model), gradient(theirs, model)
     assert b.norm() > 1e-3 and (a - b).norm() <= 1e-5 * b.norm()
+
+
+def mean(token_values, mask):
+    """What the scripts' loops do: the mean over all completion tokens."""
+    return (token_values * mask).sum() / mask.sum()
 
 
 def layout(rows):
@@ -135,11 +139,12 @@ def test_grpo_loss_and_gradient(grpo):
     moved = batch | {"old_per_token_logps": old_logp, "ref_per_token_logps": ref_logp}
     theirs = trainer._compute_loss(model, moved)
     advantages = batch["advantages"][:, None]
-    ours, metrics = minimal_grpo.grpo_loss(
-        logp, old_logp, ref_logp, advantages, mask / mask.sum(), trainer.epsilon_low, trainer.beta
+    token_loss, metrics = minimal_grpo.grpo_loss(
+        logp, old_logp, ref_logp, advantages, trainer.epsilon_low, trainer.beta
     )
-    assert 0.05 < metrics["clip_frac"] < 0.95 and metrics["kl"] > 0.01
-    same(ours, theirs, model)
+    clip_frac, kl = (mean(metrics[name], mask) for name in ("clip_frac", "kl"))
+    assert 0.05 < clip_frac < 0.95 and kl > 0.01
+    same(mean(token_loss, mask), theirs, model)
 
 
 def test_grpo_kl_differs_from_the_default_as_stated(grpo):
@@ -155,9 +160,8 @@ def test_grpo_kl_differs_from_the_default_as_stated(grpo):
         theirs = trainer._compute_loss(trainer.model, moved)
         trainer.args.use_bias_correction_kl = False
         advantages, r = batch["advantages"][:, None], ref_logp - logp
-        ours, _ = minimal_grpo.grpo_loss(
-            logp, old_logp, ref_logp, advantages, mask / mask.sum(), 0.2, trainer.beta
-        )
+        token_loss, _ = minimal_grpo.grpo_loss(logp, old_logp, ref_logp, advantages, 0.2, trainer.beta)
+        ours = mean(token_loss, mask)
     weighed = (((logp - old_logp).exp() - 1) * (r.exp() - r - 1) * mask).sum() / mask.sum()
     assert abs(weighed) > 1e-3
     assert theirs.item() == pytest.approx(ours.item() + trainer.beta * weighed.item(), abs=1e-5)
@@ -181,11 +185,10 @@ def test_grpo_paper_loss_differs_as_stated(grpo):
     )
     trainer.loss_type = kept
     advantages, old = batch["advantages"][:, None], logp.detach()
-    ours, _ = minimal_grpo.grpo_loss(logp, old, old, advantages, mask / mask.sum(), 0.2, 0.04)
-    each = mask / mask.sum(1, keepdim=True) / len(mask)
-    paper, _ = minimal_grpo.grpo_loss(logp, old, old, advantages, each, 0.2, 0.04)
+    token_loss, _ = minimal_grpo.grpo_loss(logp, old, old, advantages, 0.2, 0.04)
+    paper = ((token_loss * mask).sum(1) / mask.sum(1)).mean()
     same(paper, theirs, trainer.model)
-    assert abs(ours.item() - theirs.item()) > 1e-3
+    assert abs(mean(token_loss, mask).item() - theirs.item()) > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -248,12 +251,12 @@ def test_dpo(tiny, tmp_path):
     with torch.no_grad():
         ref_logp = minimal_dpo.completion_logp(trainer.ref_model, ids, attn, mask).sum(1)
     logp = minimal_dpo.completion_logp(trainer.model, ids, attn, mask).sum(1)
-    ours, metrics = minimal_dpo.dpo_loss(logp, ref_logp, 0.3)
+    ours, metrics = minimal_dpo.dpo_loss(*logp.chunk(2), *ref_logp.chunk(2), 0.3)
     assert abs(metrics["margin"]) > 0.01
     same(ours, theirs, trainer.model)
     # the tokens: what our own encoding makes of the same pairs, but for what the template writes after the end of the turn
     prompts, completions = [q for q, *_ in pairs] * 2, [c for _, c, _ in pairs] + [r for *_, r in pairs]
-    own_ids, own_attn, own_mask = minimal_dpo.encode_given(model, tokenizer, prompts, completions)
+    own_ids, own_attn, own_mask = minimal_dpo.encode_completions(tokenizer, prompts, completions)
     P = own_ids.shape[1] - own_mask.shape[1]
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     for i, (prompt, completion) in enumerate(rows):
@@ -273,8 +276,7 @@ def test_dpo_starts_where_theirs_does(tiny, tmp_path):
     assert theirs.item() == pytest.approx(math.log(2), abs=1e-6) and trainer.beta == 0.1
 
 
-@pytest.mark.parametrize("module", [minimal_sft, gsm8k_sft_grpo])
-def test_sft(tiny, tmp_path, module):
+def test_sft(tiny, tmp_path):
     model, tokenizer = exact(tiny)
     pairs = [
         ("What is 3 + 8?", "<answer>11</answer>"),
@@ -289,5 +291,5 @@ def test_sft(tiny, tmp_path, module):
     theirs = trainer.compute_loss(trainer.model, dict(batch))
     batch["completion_mask"] = (batch["labels"] != -100).long()
     ids, attn, mask = layout(given_rows(batch))
-    ours = module.sft_loss(module.completion_logp(trainer.model, ids, attn, mask), mask / mask.sum())
+    ours = -minimal_sft.completion_logp(trainer.model, ids, attn, mask).sum() / mask.sum()
     same(ours, theirs, trainer.model)

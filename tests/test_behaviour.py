@@ -177,8 +177,8 @@ def test_values_that_make_sense_are_not_refused(main, script):
     """No range is guessed: a beta or a penalty above 1 is a choice."""
     flags = {"minimal_dpo": "--beta 2", "minimal_grpo": "--beta 2 --epsilon 1.5", "minimal_ppo": "--beta 3"}
     flags |= dict.fromkeys(["reinforce", "rloo"], "--brevity-penalty-scale 5")
-    g = main(f"{quick(script)} --steps 1 --lr 0 --batch_size 1 {flags.get(script, '')}")
-    assert len(g["history"]) == 1 and g["args"].batch_size == 1
+    g = main(f"{quick(script)} --steps 1 --lr 0 --batch_size 3 {flags.get(script, '')}")
+    assert len(g["history"]) == 1 and g["args"].batch_size == 3
 
 
 @each
