@@ -51,7 +51,7 @@ def sampling(name, model, tokenizer, tokens=64):
     never.pad_token_id = tokenizer.pad_token_id
     for rows in (1, 8, 64):
         prompts = [f"What is {i % 10} + {i // 10}?" for i in range(rows)]
-        ids, attn, *_ = minimal_grpo.sample(model, tokenizer, prompts, 0)
+        ids, attn = minimal_grpo.encode_prompts(tokenizer, prompts)
         model.generation_config = GenerationConfig(eos_token_id=[len(tokenizer) + 10**6])
         ours, theirs = [], []
         for run in range(RUNS + 1):  # the first warms up
@@ -65,12 +65,27 @@ def sampling(name, model, tokenizer, tokens=64):
         row(f"{name}: sampling {rows} rows, ours / generate", ours, theirs, "tokens/s")
 
 
+class StepClock(io.StringIO):
+    """Takes what a script prints, and the time of each line that starts with "step"."""
+
+    def __init__(self):
+        super().__init__()
+        self.marks = []
+
+    def write(self, text):
+        if text.startswith("step "):
+            self.marks.append(time.perf_counter())
+        return super().write(text)
+
+
 def ours_grpo(steps):
     """Seconds of each batch of minimal_grpo.py; a learning rate of 0 keeps the completions as long as they are at first."""
     sys.argv = f"minimal_grpo.py --steps {steps} --lr 0 --seed {steps}".split()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        g = runpy.run_path("minimal_grpo.py", run_name="__main__")
-    return [record["seconds"] for record in g["history"]][1:]
+    clock = StepClock()
+    with contextlib.redirect_stdout(clock), contextlib.redirect_stderr(io.StringIO()):
+        runpy.run_path("minimal_grpo.py", run_name="__main__")
+    assert len(clock.marks) == steps
+    return [b - a for a, b in zip(clock.marks, clock.marks[1:])]
 
 
 def their_grpo(steps):
@@ -89,10 +104,11 @@ def their_grpo(steps):
 
     def reward(prompts, completions, **kwargs):
         texts = [completion[0]["content"] for completion in completions]
-        return [minimal_grpo.sum_reward(p[1]["content"], t)["accuracy"] for t, p in zip(texts, prompts)]
+        return [minimal_grpo.score(t, answers[p[1]["content"]])["reward"] for t, p in zip(texts, prompts)]
 
     system = {"role": "system", "content": minimal_grpo.SYSTEM}
-    rows = [{"prompt": [system, {"role": "user", "content": q}]} for q in minimal_grpo.SUMS]
+    answers = dict(minimal_grpo.TRAIN)
+    rows = [{"prompt": [system, {"role": "user", "content": q}]} for q in answers]
     with tempfile.TemporaryDirectory() as folder:
         config = trl.GRPOConfig(
             folder,
@@ -141,7 +157,9 @@ def peak_memory(folder, size):
     flags += ["--model", folder, "--dataset", "tests/tiny-gsm8k", "--micro-batch-size", str(size)]
     command = [sys.executable, "-c", run, "gsm8k_grpo.py", *flags]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return float(out.split("GPU ")[1].split()[0] if DEVICE == "cuda" else out.split("peak ")[1])
+    if DEVICE == "cuda":
+        return 1024 * float(out.split("peak GPU memory: ")[1].split()[0])
+    return float(out.split("peak ")[1])
 
 
 def main():

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 NAMES = {  # the first of these that a log has is drawn; the name of its axis
     "reward": "mean reward of the batch (sampled)",
     "margin": "mean margin of the pairs",
-    "loss": "cross-entropy, nats a token",
+    "loss": "cross-entropy, nats per token",
 }
 
 
@@ -26,7 +26,9 @@ def read(pattern):
     paths = sorted(glob.glob(pattern))
     assert paths, f"no file fits {pattern}"
     runs = [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in paths]
-    steps = [[r for r in run if "seconds" in r] for run in runs]
+    # SFT before GRPO has steps, too; those of the last phase are drawn.
+    phases = [next((r.get("phase") for r in reversed(run) if "eval" not in r), None) for run in runs]
+    steps = [[r for r in run if "eval" not in r and r.get("phase") == p] for run, p in zip(runs, phases)]
     return steps, [[r["eval"] for r in run if "eval" in r] for run in runs]
 
 
@@ -38,7 +40,7 @@ def draw(axes, pattern, color):
     (line,) = axes.plot([sum(c) / len(c) for c in curves], color=color)
     low, high = [min(c) for c in curves], [max(c) for c in curves]
     axes.fill_between(range(len(curves)), low, high, color=color, alpha=0.2, linewidth=0)
-    score = next(iter(evaluations[0][0]))
+    score = "reward"
     means = [sum(e[score] for e in times) / len(times) for times in zip(*evaluations)]
     return NAMES[key], line, f"{score} " + " → ".join(f"{mean:.2f}" for mean in means)
 

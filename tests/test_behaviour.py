@@ -50,6 +50,19 @@ def test_saved_model_starts_where_training_ended(main, tmp_path, script):
 
 
 @each
+def test_one_file_in_an_empty_folder(main, monkeypatch, tmp_path, capsys, script):
+    """Alone, without the checkout: --model (and --dataset) are all it needs, and the default is the real model, by its Hub id."""
+    (tmp_path / f"{script}.py").write_text((ROOT / f"{script}.py").read_text())
+    monkeypatch.setattr("conftest.ROOT", tmp_path)  # where main runs it
+    lexical = script in ("reinforce", "rloo")
+    data = f"--dataset {ROOT}/tests/tiny-gsm8k" if script in GSM8K else ""
+    g = main(f"{quick(script)} --steps 1 --model {ROOT}/tests/tiny-{'llama' if lexical else 'qwen'} {data}")
+    assert len(g["history"]) == 1 and str(ROOT / "tests/tiny-") in capsys.readouterr().out
+    assert g["MODEL"] == ("meta-llama/Llama-3.2-1B-Instruct" if lexical else "Qwen/Qwen2.5-0.5B-Instruct")
+    assert script not in GSM8K or g["DATASET"] == "openai/gsm8k"
+
+
+@each
 def test_the_model_is_saved_before_the_last_evaluation(main, tmp_path, monkeypatch, script):
     """An evaluation that fails (a task that was changed halfway, say) must not lose the model."""
     decode, saved = PreTrainedTokenizerBase.batch_decode, []
@@ -98,6 +111,22 @@ def test_the_log_has_every_completion(main, tmp_path, script):
         assert last[name] == pytest.approx(mean, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "own, error",
+    [
+        ("{'reward': 1.0, 'tokens': 3.0}", TypeError),  # which of the two would be reported?
+        ("{'reward': 1.0, 'kl': 3.0}", TypeError),
+        ("{'reward': 1.0} | ({'tags': 1.0} if '<' in text else {})", KeyError),
+    ],
+)
+def test_same_name_twice_or_one_that_is_missing(main, tmp_path, own, error):
+    """Neither is lost without a word."""
+    old = '{"reward": float(one_pair and f"<answer>{answer}</answer>" in text)}'
+    path = copy_with("minimal_grpo", tmp_path, old, own)
+    with pytest.raises(error, match="tokens|kl|tags"):
+        main(f"{path} {SHORT} --steps 1")
+
+
 def copy_with(script, folder, old, new):
     """A copy of the script in which a reader has changed one place; run from the checkout."""
     source = (ROOT / f"{script}.py").read_text()
@@ -118,7 +147,9 @@ REWARD = {
 def test_a_reward_may_be_any_number(main, capsys, tmp_path, script):
     """An int, a bool, negative, above 1; and whatever else score returns is in the evaluation, in the step line and in the log."""
     for value, mean in (("len(text)", None), ("text == text", 1), ("-2.5", -2.5), ("3", 3)):
-        own = REWARD[script].replace('"reward": ', '"twice": 2 * (%s), "reward": %s, "old": ' % (value, value))
+        own = REWARD[script].replace(
+            '"reward": ', '"twice": 2 * (%s), "reward": %s, "old": ' % (value, value)
+        )
         path = copy_with(script, tmp_path, REWARD[script], own)
         flags = " ".join(quick(script).split()[1:])
         g = main(f"{path} {flags} --steps 1 --log {tmp_path / 'log'}")
@@ -153,7 +184,9 @@ def refused(main, capsys, script, flags):
 
 
 BAD = {
-    **dict.fromkeys(PRESENT, "--steps 0, --steps many, --batch-size -1, --max-new-tokens 0, --lr -1e-6, --lr nan"),
+    **dict.fromkeys(
+        PRESENT, "--steps 0, --steps many, --batch-size -1, --max-new-tokens 0, --lr -1e-6, --lr nan"
+    ),
 }
 BAD_OF = {
     "minimal_dpo": "--beta 0, --beta nan",

@@ -128,7 +128,11 @@ def test_every_real_solution_is_right(split, count):
     for row, (problem, solution) in zip(rows, loaded):
         gold = row["answer"].split("#### ")[1]
         assert numbers(gold) == [int(gold.replace(",", ""))]
-        assert score(row["answer"], row["answer"]) == score(solution, row["answer"]) == {"reward": 1, "lenient": 1}
+        assert (
+            score(row["answer"], row["answer"])
+            == score(solution, row["answer"])
+            == {"reward": 1, "lenient": 1}
+        )
         assert problem == row["question"] and "<<" not in solution and ">>" not in solution
 
 

@@ -1,7 +1,9 @@
 """Each script's whole text in one cell of a fresh Jupyter kernel, on its defaults, learns: catches whatever the unit tests do not,
-__file__, an argparse that reads the kernel's own flags, and a function that hides what a notebook wants to see afterwards.
+__file__, an argparse that reads the kernel's own flags, and a function that hides what a notebook wants to see afterwards. And
+`%run FILE --steps 3`, whose flags must not be ignored.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -34,9 +36,8 @@ nbformat.write(notebook, sys.argv[1])
 """
 
 
-def in_a_notebook(script, path):
-    """What the cells print."""
-    source = (ROOT / f"{script}.py").read_text()
+def in_a_notebook(source, path):
+    """What the cell prints, and what is there afterwards."""
     cells = [nbformat.v4.new_code_cell(x) for x in (source, AFTERWARDS)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     subprocess.run([sys.executable, "-c", EXECUTE, path], cwd=ROOT, check=True)
@@ -47,7 +48,8 @@ def in_a_notebook(script, path):
 # One seed each here, for time; what the README claims of the others was run by hand.
 @pytest.mark.parametrize("script", PRESENT)
 def test_it_learns_in_a_notebook(script, tmp_path):
-    out, afterwards = in_a_notebook(script, tmp_path / "notebook.ipynb")
+    source = (ROOT / f"{script}.py").read_text()
+    out, afterwards = in_a_notebook(source, tmp_path / "notebook.ipynb")
     assert re.search(r'^\["(Qwen2|Llama)ForCausalLM", "\w+", 30, \[', afterwards)
     steps = len(re.findall(r"^step \d+  ", out, re.MULTILINE))
     assert steps == (33 if script == "gsm8k_sft_grpo" else 30) and "model tests/tiny-" in out
@@ -63,3 +65,11 @@ def test_it_learns_in_a_notebook(script, tmp_path):
         (_, ratio, words), (_, ratio_after, words_after) = evaluations
         assert 0.45 <= float(ratio) <= 0.65 and float(ratio_after) >= float(ratio) + 0.15
         assert float(words_after) >= 0.85 * 40
+
+
+@pytest.mark.parametrize("script", ["minimal_grpo", "gsm8k_sft_grpo"])
+def test_run_magic_takes_the_flags(script, tmp_path):
+    more = " --eval-size 2 --sft-steps 1" if script.startswith("gsm8k") else ""
+    cell = f"%run {script}.py --steps 3 --batch-size 2{more}"
+    out, afterwards = in_a_notebook(cell, tmp_path / "notebook.ipynb")
+    assert json.loads(afterwards)[2] == 3 and "\nstep 2  " in out and "\nstep 3  " not in out

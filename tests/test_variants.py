@@ -101,14 +101,31 @@ def gsm8k(script, folder, processes, **environment):
     """Runs the script on 4 prompts in all, by as many processes; gives what each leaves behind, the log and the output."""
     (folder / "driver.py").write_text(DRIVER)
     out, log, saved = folder / "out", folder / f"{processes}.jsonl", folder / f"saved-{processes}"
-    flags = f"--steps 3 --lr 1e-6 --batch-size {4 // processes} --group-size 4 --max-new-tokens 48 --eval-size 6"
-    command = [sys.executable, folder / "driver.py", out, script, *flags.split(), "--log", log, "--save", saved]
+    flags = (
+        f"--steps 3 --lr 1e-6 --batch-size {4 // processes} --group-size 4 --max-new-tokens 48 --eval-size 6"
+    )
+    command = [
+        sys.executable,
+        folder / "driver.py",
+        out,
+        script,
+        *flags.split(),
+        "--log",
+        log,
+        "--save",
+        saved,
+    ]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     started = []
     for rank in range(processes):
-        extra = {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        extra = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+        }
         started.append(
             subprocess.Popen(
                 [*map(str, command)],
