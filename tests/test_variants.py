@@ -1,18 +1,25 @@
-"""The diffs in tests/variants: each applies to its base, and the patched script does what it claims.
+"""The diffs in tests/variants: each applies to its base, and the patched script does what it claims: losses and gradients against TRL
+where TRL has them, against sums written out by hand where not.
 
-torchrun.diff: catches a gradient that depends on how the batch is shared out, processes that draw the same samples, a process that
-stops alone, and a sum over processes that one of them does not join.
+Catches a change to one of the eight files that breaks a variant, by the variant's name; a loss that is still the base's; adapters that
+are no adapters; and, under torchrun, a gradient that depends on how the batch is shared out, or a process that stops alone.
 """
 
+import importlib.util
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
+import types
 
+import minimal_grpo
 import pytest
 import torch
 from conftest import ROOT
+from test_other_models import KINDS, random_model
+from transformers import AutoModelForCausalLM
 
 VARIANTS = sorted((ROOT / "tests/variants").glob("*.diff"))
 
@@ -30,6 +37,21 @@ def patched(name, folder):
     path.write_text((ROOT / base_of(diff)).read_text())
     subprocess.run(["patch", "--silent", path, diff], check=True)
     return path
+
+
+@pytest.fixture(scope="module")
+def variant(tmp_path_factory):
+    """variant("gspo"): the patched script as a module."""
+    folder = tmp_path_factory.mktemp("variants")
+
+    def variant(name):
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, patched(name, folder))
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+
+    return variant
 
 
 @pytest.mark.parametrize("diff", VARIANTS, ids=lambda diff: diff.stem)
@@ -176,3 +198,376 @@ def test_torchrun_launches_it(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len((tmp_path / "log").read_text().splitlines()) == 3
+
+
+# ------------------------------------------------------------------ the losses against TRL
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny, tmp_path_factory):
+    """A GRPOTrainer whose loss can be asked for any tensors: its log-probs come from `trainer.logp`."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model, tokenizer = tiny("qwen")
+    config = trl.GRPOConfig(
+        str(tmp_path_factory.mktemp("trl")),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        use_bias_correction_kl=False,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        gradient_checkpointing=False,
+    )
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}]}])
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=lambda **kwargs: [0.0],
+        args=config,
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    trainer.model.eval()
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (
+        trainer.logp,
+        trainer.logp * 0,
+        None,
+    )
+    return trainer
+
+
+FLAGS = "--steps 1 --batch-size 5 --group-size 4 --max-new-tokens 8 --lr 5e-5 --update-epochs 4 --beta 0.04"
+LOSSES = {  # what TRL calls them
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "gspo": {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "epsilon_low": 3e-4,
+        "epsilon_high": 4e-4,
+    },
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "sapo": {"loss_type": "sapo"},
+}
+
+
+@pytest.fixture
+def last_update(main, monkeypatch, tmp_path):
+    """last_update("gspo", flags): the globals of the run, whose `logp` has the gradient that the loss gave it."""
+    backward = torch.Tensor.backward
+
+    def watched(self):
+        logp = sys._getframe(1).f_globals.get("logp")
+        if logp is not None and logp.requires_grad:
+            logp.retain_grad()
+        backward(self)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    return lambda name, flags: main(f"{patched(name, tmp_path)} {flags}")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradient_are_trls(trainer, last_update, monkeypatch, name):
+    """The last of four updates of a real batch: ratios away from 1, rows of different length, some cut off, a KL term."""
+    g = last_update(name, FLAGS)
+    mask = g["mask"] * g["finished"] if name == "dapo" else g["mask"]
+    assert len(set(g["mask"].sum(1).tolist())) > 2 and not g["finished"].all() and g["finished"].any()
+    ratio = torch.exp(g["logp"] - g["old_logp"])[g["mask"] == 1]
+    assert ratio.min() < 0.9 and ratio.max() > 1.1
+    trainer.logp = g["logp"].detach().clone().requires_grad_()
+    settings = {"importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.04}
+    for setting, value in (settings | {"max_completion_length": 8} | LOSSES[name]).items():
+        monkeypatch.setattr(trainer, setting, value)
+    P = g["ids"].shape[1] - g["mask"].shape[1]
+    inputs = {
+        "prompt_ids": g["ids"][:, :P],
+        "prompt_mask": g["attn"][:, :P],
+        "completion_ids": g["ids"][:, P:],
+        "completion_mask": mask,
+        "advantages": g["advantages"],
+        "old_per_token_logps": g["old_logp"],
+        "ref_per_token_logps": g["ref_logp"],
+        "num_items_in_batch": mask.sum(),
+    }
+    theirs = trainer._compute_loss(trainer.model, inputs)
+    theirs.backward()
+    assert g["loss"].item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
+    gradient = g["logp"].grad
+    assert (gradient - trainer.logp.grad).norm() <= 1e-5 * gradient.norm() and gradient.norm() > 1e-3
+    base, _ = minimal_grpo.grpo_loss(g["logp"], g["old_logp"], g["ref_logp"], g["advantages"], 0.2, 0.04)
+    base = (base * g["mask"]).sum() / g["mask"].sum()
+    assert abs(base.item() - theirs.item()) > 1e-3, "the base's loss must not pass for the variant's"
+
+
+def test_simpo_is_trls(variant):
+    cpo = pytest.importorskip("trl.experimental.cpo")
+    torch.manual_seed(0)
+    chosen, rejected = torch.randn(2, 6, requires_grad=True)
+    settings = {"loss_type": "simpo", "simpo_gamma": 0.7, "beta": 1.5, "alpha": 0.0, "label_smoothing": 0.0}
+    fake = types.SimpleNamespace(accelerator=types.SimpleNamespace(device="cpu"), **settings)
+    theirs, *_ = cpo.CPOTrainer.cpo_loss(fake, chosen, rejected)
+    ours, metrics = variant("simpo").simpo_loss(chosen, rejected, 1.5, 0.7)
+    assert ours.item() == pytest.approx(theirs.mean().item(), rel=1e-6)
+    for a, b in zip(*(torch.autograd.grad(loss, (chosen, rejected)) for loss in (ours, theirs.mean()))):
+        assert torch.allclose(a, b, atol=1e-7)
+    assert metrics["margin"].item() == pytest.approx(1.5 * (chosen - rejected).mean().item())
+
+
+def test_simpo_takes_means(main, tmp_path):
+    """With a learning rate of 0 the last loss can be taken again, from each completion's mean log-prob."""
+    g = main(f"{patched('simpo', tmp_path)} --steps 1 --lr 0 --batch-size 6 --beta 2 --gamma 0.3")
+    with torch.no_grad():
+        logp = g["completion_logp"](g["model"], g["ids"], g["attn"], g["mask"])
+    means = [logp[i, : int(g["mask"][i].sum())].mean().item() for i in range(12)]
+    losses = [math.log(1 + math.exp(-(2 * (means[i] - means[i + 6]) - 0.3))) for i in range(6)]
+    assert g["loss"].item() == pytest.approx(sum(losses) / 6, rel=1e-4)
+
+
+# ------------------------------------------------------------------ the others, by hand
+
+
+def test_reinforce_plus_plus(last_update, variant):
+    rewards = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    mask = torch.tensor([[1.0, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    centered = [0 - 2 / 3, 1 / 3, 1 / 3, 0, 0, 0]  # groups of three
+    tokens = [centered[i] for i in range(6) for t in range(int(mask[i].sum()))]
+    mean = sum(tokens) / len(tokens)
+    std = math.sqrt(sum((x - mean) ** 2 for x in tokens) / (len(tokens) - 1))
+    advantages = variant("reinforce_plus_plus").batch_advantages(rewards, 3, mask)
+    for i in range(6):
+        for t in range(int(mask[i].sum())):
+            wanted = (centered[i] - mean) / (std + 1e-4)
+            assert advantages[i, t].item() == pytest.approx(wanted, abs=1e-6)
+    equal = variant("reinforce_plus_plus").batch_advantages(torch.full((6,), 1.2), 3, mask)
+    assert (equal == 0).all()
+    g = last_update("reinforce_plus_plus", FLAGS)
+    assert (g["advantages"] == g["batch_advantages"](g["rewards"], 4, g["mask"])).all()
+    check_clipped_loss(g, g["mask"], g["mask"].sum())
+
+
+def check_clipped_loss(g, mask, normalizer, epsilon=0.2, beta=0.04):
+    """The loss, token by token, with the advantages of the run."""
+    total = 0.0
+    advantages = g["advantages"].expand_as(g["mask"])
+    for i, t in mask.nonzero().tolist():
+        logp, old, a = (g[name][i, t].item() for name in ("logp", "old_logp")), None, advantages[i, t].item()
+        logp, old = logp
+        ratio = math.exp(logp - old)
+        total -= min(ratio * a, min(max(ratio, 1 - epsilon), 1 + epsilon) * a)
+        if beta:
+            ref = g["ref_logp"][i, t].item()
+            total += beta * (math.exp(ref - logp) - (ref - logp) - 1)
+    assert g["loss"].item() == pytest.approx(total / normalizer.item(), rel=1e-4, abs=1e-6)
+
+
+def test_raft(last_update, variant):
+    rewards = torch.tensor([0.0, 1.0, -1.0, 0.5])
+    assert variant("raft").accepted(rewards).tolist() == [[0.0], [1.0], [0.0], [1.0]]
+    g = last_update("raft", FLAGS.replace("--beta 0.04", "--beta 0"))
+    assert 0 < g["advantages"].mean() < 1 and g["reference"] is None
+    check_clipped_loss(g, g["mask"], g["mask"].sum(), beta=0)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """What `minimal_sft.py --save teacher` writes."""
+    folder = tmp_path_factory.mktemp("teacher")
+    command = [sys.executable, "minimal_sft.py", "--save", folder]
+    subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def test_distillation(last_update, teacher):
+    g = last_update(
+        "on_policy_distillation", f"{FLAGS.replace('--beta 0.04', '--beta 0')} --teacher {teacher}"
+    )
+    with torch.no_grad():
+        theirs = g["completion_logp"](g["teacher"], g["ids"], g["attn"], g["mask"])
+    assert torch.allclose(g["advantages"], theirs - g["old_logp"], atol=1e-5)
+    assert g["advantages"].shape == g["mask"].shape and g["advantages"].abs().max() > 0.1
+    assert not any(p.requires_grad for p in g["teacher"].parameters()) or g["teacher"] is not g["model"]
+    check_clipped_loss(g, g["mask"], g["mask"].sum(), beta=0)
+    kl = -(g["advantages"][g["mask"] == 1]).mean().item()
+    assert g["history"][-1]["teacher_kl"] == pytest.approx(kl, rel=1e-4)
+
+
+def test_distillation_has_nothing_to_learn_from_itself(last_update):
+    flags = "--steps 1 --batch-size 2 --update-epochs 1 --teacher tests/tiny-qwen"
+    g = last_update("on_policy_distillation", flags)
+    assert g["logp"].grad.abs().max() < 1e-6 and g["loss"].abs() < 1e-6
+
+
+@pytest.mark.parametrize("other, cause", [("tests/tiny-llama", "another vocabulary"), ("missing", "missing")])
+def test_a_teacher_that_will_not_do(main, tmp_path, other, cause):
+    with pytest.raises(SystemExit) as end:
+        main(f"{patched('on_policy_distillation', tmp_path)} --teacher {other}")
+    assert f"--teacher {other}" in end.value.code and cause in end.value.code
+
+
+def test_reward_model(main, variant, tiny, tmp_path):
+    predicted = torch.tensor([0.3, -0.2, 1.0, 0.0, 0.5, 0.1])
+    rewards = torch.tensor([1.0, 0.0, 0.0, 2.0, 2.0, 1.0])  # groups of three
+    pairs = [(0, 1), (0, 2), (3, 5), (4, 5)]
+    losses = [math.log(1 + math.exp(predicted[b] - predicted[a])) for a, b in pairs]
+    ours = variant("reward_model").bradley_terry_loss(predicted, rewards, 3)
+    assert ours.item() == pytest.approx(sum(losses) / 4, rel=1e-6)
+    assert variant("reward_model").bradley_terry_loss(predicted, torch.ones(6), 3) == 0
+
+    g = main(f"{patched('reward_model', tmp_path)} --steps 1 --reward-steps 3 --batch-size 4")
+    judge, fresh = g["reward_model"], tiny("qwen")[0]
+    assert not any(p.requires_grad for p in judge.parameters()) and judge.lm_head.weight.shape == (1, 128)
+    for name, p in judge.named_parameters():
+        start = torch.zeros(1, 128) if name == "lm_head.weight" else fresh.get_parameter(name)
+        assert not torch.equal(p, start), f"{name} of the reward model did not move"
+    with torch.no_grad():
+        for i, reward in enumerate(g["rewards"].tolist()):  # each row alone, without padding
+            row = g["ids"][i][g["attn"][i] == 1]
+            alone = judge.model(row[None]).last_hidden_state[0, -1] @ judge.lm_head.weight[0]
+            assert reward == pytest.approx(alone.item(), rel=1e-3, abs=1e-4)
+    true = [g["score"](t, a)["reward"] for t, a in zip(g["texts"], g["answers"])]
+    assert g["history"][0]["reward"] == pytest.approx(sum(true) / len(true))
+    assert g["history"][0]["model_reward"] == pytest.approx(g["rewards"].mean().item())
+    assert torch.allclose(g["advantages"], g["group_advantages"](g["rewards"], 8))
+
+
+def test_lora(main, variant, tiny, tmp_path):
+    module, (model, tokenizer), (base, _) = variant("lora"), tiny("qwen"), tiny("qwen")
+    texts, ids, attn, mask, _ = module.sample(model, tokenizer, ["What is 3 + 8?", "Hi"] * 3, 12)
+    before = module.completion_logp(base, ids, attn, mask)
+    adapters = module.add_adapters(model, 4, 2.0)
+    assert torch.equal(module.completion_logp(model, ids, attn, mask), before), "B starts at 0"
+    assert {id(a) for a in adapters} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(adapters) == 2 * 7 * model.config.num_hidden_layers  # q k v o, gate up down
+    with torch.no_grad():
+        for a in adapters:
+            a += 0.01 * torch.randn_like(a)
+        changed = module.completion_logp(model, ids, attn, mask)
+        assert (changed - before).abs().max() > 0.01
+        layer, x = model.model.layers[1].mlp.up_proj, torch.randn(3, 128)
+        by_hand = layer.weight @ x.T + 2.0 * layer.lora_b @ (layer.lora_a @ x.T)
+        assert torch.allclose(layer(x).T, by_hand, atol=1e-4, rtol=1e-4)
+        module.scale_adapters(model, 0.0)
+        assert torch.equal(module.completion_logp(model, ids, attn, mask), before)
+        module.scale_adapters(model, 2.0)
+        module.merge_adapters(model)
+        assert (module.completion_logp(model, ids, attn, mask) - changed).abs().max() < 1e-4
+    assert model.state_dict().keys() == base.state_dict().keys()
+
+    g = main(f"{patched('lora', tmp_path)} --steps 2 --batch-size 2 --save {tmp_path / 'saved'}")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    moved = {n for n, p in merged.named_parameters() if not torch.equal(p, base.get_parameter(n))}
+    assert moved == {n for n, p in base.named_parameters() if "_proj.weight" in n}
+    assert g["history"][0]["kl"] > 0
+    with torch.no_grad():
+        ref_logp = g["completion_logp"](base, g["ids"], g["attn"], g["mask"])
+    assert torch.allclose(g["ref_logp"], ref_logp, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gemma3", "gemma4"])
+def test_shared_prompts_change_no_number(variant, monkeypatch, kind):
+    """Log-probs and gradients equal those of whole rows; so do the log-probs at which the tokens were drawn."""
+    if kind not in KINDS:
+        pytest.skip("not in the installed transformers")
+    module = variant("shared_prompts")
+    model, tokenizer = random_model(kind, "two", "own")
+    model.double()  # so that what remains is a difference of computation and not of rounding
+    drawn, multinomial = [], torch.multinomial
+
+    def watched(probs, n):
+        tokens = multinomial(probs, n)
+        drawn.append(probs.gather(1, tokens).log())
+        return tokens
+
+    monkeypatch.setattr(torch, "multinomial", watched)
+    prompts = [p for p in ["What is 3 + 8?", "", "Write about 40 words about winter."] for _ in range(3)]
+    _, ids, attn, mask, _ = module.sample(model, tokenizer, prompts, 12, 3)
+    shared = module.completion_logp(model, ids, attn, mask, 3)
+    whole = minimal_grpo.completion_logp(model, ids, attn, mask)
+    assert (shared - whole).abs().max() < 1e-5 and (shared - torch.cat(drawn, 1) * mask).abs().max() < 1e-4
+    weights = torch.randn_like(mask)
+    a, b = (torch.autograd.grad((x * weights).sum(), list(model.parameters())) for x in (shared, whole))
+    a, b = (torch.cat([x.flatten() for x in y]) for y in (a, b))
+    assert (a - b).norm() < 1e-5 * b.norm()
+    one = module.completion_logp(model, ids, attn, mask, 1)  # evaluation: each prompt for itself
+    assert (one - whole).abs().max() < 1e-5
+
+
+def test_shared_prompts_of_mixed_groups_are_an_error(variant, tiny):
+    model, tokenizer = tiny("qwen")
+    with pytest.raises(AssertionError, match="share its prompt"):
+        variant("shared_prompts").sample(model, tokenizer, ["What is 3 + 8?", "What is 3 + 9?"], 4, 2)
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3-next", "qwen3.5"])
+def test_shared_prompts_are_refused_where_they_cannot_work(variant, kind):
+    if kind not in KINDS:
+        pytest.skip("not in the installed transformers")
+    model, tokenizer = random_model(kind, "two", "own")
+    with pytest.raises(SystemExit, match="keys and values"):
+        variant("shared_prompts").sample(model, tokenizer, ["Hi"] * 4, 4, 2)
+
+
+def test_dapo_by_hand(variant):
+    module = variant("dapo")
+    penalties = module.length_penalty(torch.tensor([0.0, 80.0, 85.0, 90.0, 100.0, 120.0]), 100)
+    assert penalties.tolist() == pytest.approx([0, 0, -0.25, -0.5, -1, -1])
+    flat, mixed = [1.0, 1.0], [0.0, 1.0]
+    rewards = torch.tensor(flat + mixed + flat + mixed + mixed)
+    assert module.rows_to_train(rewards, 2, 2).tolist() == [2, 3, 6, 7]
+    assert module.rows_to_train(rewards, 2, 4).tolist() == [2, 3, 6, 7, 8, 9]
+    assert module.rows_to_train(torch.ones(6), 2, 2).tolist() == [0, 1], (
+        "something is trained, with advantage 0"
+    )
+
+
+def test_dapo_ends_when_no_group_ever_differs(main, tmp_path):
+    path = patched("dapo", tmp_path)
+    path.write_text(path.read_text().replace("float(one_pair and", "float(False and"))
+    before = AutoModelForCausalLM.from_pretrained(ROOT / "tests/tiny-qwen", dtype=torch.float32)
+    g = main(f"{path} --steps 2 --batch-size 2 --group-size 2 --max-new-tokens 48")
+    assert len(g["history"]) == 2 and g["history"][-1]["grad_norm"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), g["model"].parameters()))
+
+
+def test_dapo_reports_all_that_was_drawn(main, tmp_path):
+    """The reward in the log is the mean over everything sampled, not over the groups that were chosen."""
+    g = main(f"{patched('dapo', tmp_path)} --steps 1 --batch-size 3 --oversample 4 --log {tmp_path / 'log'}")
+    step = json.loads((tmp_path / "log").read_text().splitlines()[1])
+    assert len(step["samples"]) == 3 * 4 * 8 and len(g["ids"]) <= 3 * 8
+    assert step["reward"] == pytest.approx(sum(s["reward"] for s in step["samples"]) / 96)
+
+
+def test_online_dpo(main, variant, tmp_path):
+    pairs = variant("online_dpo").ranked_pairs
+    assert pairs(torch.tensor([0.0, 1.0, 1.0, 0.5, 1.0, 0.0, 1.0, 0.5])).tolist() == [4, 1, 0, 5]
+    assert pairs(torch.ones(6)).tolist() == [0, 3]
+    g = main(f"{patched('online_dpo', tmp_path)} --steps 1 --batch-size 12 --beta 0.3")
+    assert g["prompts"][:12] == g["prompts"][12:]
+    n = len(g["rows"]) // 2
+    for better, worse in zip(g["rows"][:n].tolist(), g["rows"][n:].tolist(), strict=True):
+        assert better % 12 == worse % 12 and g["rewards"][better] > g["rewards"][worse]
+    assert 0 < n < 12 and g["history"][0]["pairs"] == n and len(g["ids"]) == 2 * n
+    assert g["history"][0]["loss"] == pytest.approx(math.log(2))
+
+
+def test_actor_critic(main, tiny, tmp_path):
+    g = main(f"{patched('actor_critic', tmp_path)} --steps 2 --batch-size 3 --max-new-tokens 24 --lr 0")
+    model, mask = tiny("llama")[0], g["mask"]
+    assert g["values"].abs().max() > 0, "the head has learned something in the first step"
+    logp = g["completion_logp"](model, g["ids"], g["attn"], mask)
+    total, value_loss = 0.0, 0.0
+    for i, n in enumerate(mask.sum(1).int().tolist()):
+        row = g["ids"][i][g["attn"][i] == 1]
+        assert (g["values"][i, n:] == 0).all()
+        for t in range(n):
+            advantage = g["rewards"][i].item() - g["values"][i, t].item()
+            total -= advantage * logp[i, t].item()
+            value_loss += advantage**2 / 2
+            if t % 5 == 0:  # the value knows the text before its token, and nothing after
+                hidden = model.model(row[None, : len(row) - n + t]).last_hidden_state[0, -1]
+                hidden = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
+                assert g["advantages"][i, t].item() == pytest.approx(advantage, abs=1e-5)
+    assert g["loss"].item() == pytest.approx(total / 3, rel=1e-4)
+    assert g["history"][-1]["value_loss"] == pytest.approx(value_loss / mask.sum().item(), rel=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), g["model"].parameters())), "lr is 0"
