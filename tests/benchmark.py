@@ -78,18 +78,26 @@ class StepClock(io.StringIO):
         return super().write(text)
 
 
-def ours_grpo(steps):
-    """Seconds of each batch of minimal_grpo.py; a learning rate of 0 keeps the completions as long as they are at first."""
-    sys.argv = f"minimal_grpo.py --steps {steps} --lr 0 --seed {steps}".split()
+def ours_grpo(script, steps, group_size=8):
+    """Seconds of each batch of the script; a learning rate of 0 keeps the completions as long as they are at first."""
+    sys.argv = f"{script} --steps {steps} --lr 0 --seed {steps} --group-size {group_size}".split()
     clock = StepClock()
     with contextlib.redirect_stdout(clock), contextlib.redirect_stderr(io.StringIO()):
-        runpy.run_path("minimal_grpo.py", run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     assert len(clock.marks) == steps
     return [b - a for a, b in zip(clock.marks, clock.marks[1:])]
 
 
-def their_grpo(steps):
-    """The same of TRL: 8 prompts x 8 completions, two updates a batch, KL to a reference."""
+def shared_prompts(folder):
+    """minimal_grpo.py with tests/variants/shared_prompts.diff applied."""
+    script = Path(folder) / "shared_prompts.py"
+    script.write_text(Path("minimal_grpo.py").read_text())
+    subprocess.run(["patch", "--silent", script, "tests/variants/shared_prompts.diff"], check=True)
+    return script
+
+
+def their_grpo(steps, group_size=8):
+    """The same of TRL: 8 prompts x group_size completions, two updates per batch, KL to a reference."""
     import trl
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -112,8 +120,8 @@ def their_grpo(steps):
     with tempfile.TemporaryDirectory() as folder:
         config = trl.GRPOConfig(
             folder,
-            per_device_train_batch_size=64,
-            num_generations=8,
+            per_device_train_batch_size=8 * group_size,
+            num_generations=group_size,
             num_iterations=2,
             max_completion_length=48,
             max_steps=2 * steps,
@@ -181,12 +189,23 @@ def main():
         large = Qwen2ForCausalLM(Qwen2Config(**shape)).eval()
     if DEVICE == "cuda":
         sampling(name, large, tokenizer)
-    with contextlib.suppress(ImportError):
-        ours, theirs = [], []
-        for _ in range(2):  # in turn; the medians are over 2 x 3 batches
-            ours += ours_grpo(4)
-            theirs += their_grpo(4)
-        row("0.9 M: a GRPO batch of 8 x 8, ours / TRL", ours, theirs, "seconds", more_is_better=False)
+    with contextlib.suppress(ImportError), tempfile.TemporaryDirectory() as folder:
+        shared, each = shared_prompts(folder), []
+        for group_size in (4, 8, 16, 32):
+            ours, ours_shared, theirs = [], [], []
+            for _ in range(2):  # in turn; the medians are over 2 x 3 batches
+                ours += ours_grpo("minimal_grpo.py", 4, group_size)
+                ours_shared += ours_grpo(shared, 4, group_size)
+                theirs += their_grpo(4, group_size)
+            if group_size == 8:
+                row("0.9 M: a GRPO batch of 8 x 8, ours / TRL", ours, theirs, "seconds", False)
+                row("0.9 M: the same, shared prompts / TRL", ours_shared, theirs, "seconds", False)
+            each.append((group_size, *(statistics.median(x) for x in (ours, ours_shared, theirs))))
+        for group_size, *seconds in each:
+            times = [f"{1000 * s / (8 * group_size):.1f}" for s in seconds]
+            print(
+                f"milliseconds per completion, groups of {group_size}: base, shared, TRL", *times, flush=True
+            )
     with tempfile.TemporaryDirectory() as folder:
         large.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
         large.save_pretrained(folder)

@@ -36,9 +36,9 @@ those of the whole process, one thread each, two processes at a time. Made by `u
 the code learns; they do not rank the methods: at two updates per batch every ratio is near 1, and there most of these losses have the
 same gradient but for a constant.
 
-When one of the eight files changes, its variants may no longer apply, and the tests name them. To bring one up to date:
-`git apply --3way tests/variants/NAME.diff`, mend what is marked, write the diff again with
-`git diff --no-index --no-prefix`-style headers `--- a/FILE` and `+++ b/FILE`, and keep the text above it.
+When one of the eight files changes, a variant of it may no longer apply; the tests name it. To bring it up to date, run
+`git apply --3way tests/variants/NAME.diff`, mend the places that it marks, copy the result away, restore the base, and write the diff
+again below its text: `diff -U3 --label a/BASE --label b/BASE BASE RESULT`.
 """
 
 
