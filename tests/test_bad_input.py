@@ -19,13 +19,7 @@ SECRET = "hf_" + "NotARealTokenOnlyATest"
 @pytest.mark.parametrize(
     "script, flags, named",
     [
-        ("minimal_sft", "--steps 0", "--steps"),
-        ("minimal_dpo", "--lr nan", "--lr"),
         ("minimal_grpo", "--group-size 1", "--group_size"),
-        ("minimal_ppo", "--lam nan", "--lam"),
-        ("reinforce", "--baseline median", "--baseline"),
-        ("rloo", "--group-size 1", "--group_size"),
-        ("gsm8k_grpo", "--eval-size 0", "--eval_size"),
         ("gsm8k_sft_grpo", "--sft-steps many", "--sft-steps"),
         ("minimal_grpo", "--stpes 3", "--stpes"),
     ],
@@ -36,21 +30,13 @@ def test_refused_at_the_start(run, script, flags, named):
     assert named in done.stderr.splitlines()[-1] and not done.stdout and not done.log
 
 
-@pytest.mark.parametrize(
-    "script, model, cause",
-    [
-        ("minimal_dpo", "{}/empty", "model_type"),
-        ("minimal_sft", "meta-llama/Llama-3.2-1B-Instruct", "offline"),  # gated, and no way to the Hub
-        ("rloo", "nobody/nothing", "offline"),
-    ],
-)
-def test_model_that_cannot_be_had(run, tmp_path, script, model, cause):
-    (tmp_path / "empty").mkdir()
-    model = model.format(tmp_path)
-    done = run(script, "--model", model, HF_TOKEN=SECRET)
+def test_model_that_cannot_be_had(run):
+    """Gated, and no way to the Hub."""
+    model = "meta-llama/Llama-3.2-1B-Instruct"
+    done = run("minimal_sft", "--model", model, HF_TOKEN=SECRET)
     assert done.returncode == 1 and "Traceback" not in done.stderr and SECRET not in done.stderr + done.stdout
     message = done.stderr[done.stderr.index(f"--model {model}") :]
-    assert cause in message and not done.stdout and not done.log
+    assert "offline" in message and not done.stdout and not done.log
 
 
 def test_gated_model_without_a_token(run, tmp_path):
@@ -70,7 +56,6 @@ def test_gated_model_without_a_token(run, tmp_path):
 @pytest.mark.parametrize(
     "rows, splits",
     [
-        ('{"question": "What?", "answer": "#### 1"}', ("train",)),
         ("no json", ("train", "test")),
         ("", ()),
     ],

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -184,10 +185,10 @@ def test_two_processes_are_one(tmp_path):
         assert {k: v for k, v in a.items() if k != "phase"} == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ctrl_c_in_one_process_stops_all_after_the_same_step(tmp_path, rank):
+def test_ctrl_c_in_one_process_stops_all_after_the_same_step(tmp_path):
+    """In the second, which prints and saves nothing."""
     path = patched("torchrun", tmp_path)
-    left, log, _ = gsm8k(path, tmp_path, 2, INTERRUPT=f"{rank} 2")
+    left, log, _ = gsm8k(path, tmp_path, 2, INTERRUPT="1 2")
     assert torch.equal(left[0][0], left[1][0]), "the models differ"
     assert [record["step"] for record in log] == [0, 0, 1, 2] and "eval" in log[-1]
 
@@ -375,8 +376,11 @@ def test_raft(last_update, variant):
 def teacher(tmp_path_factory):
     """What `minimal_sft.py --save teacher` writes."""
     folder = tmp_path_factory.mktemp("teacher")
-    command = [sys.executable, "minimal_sft.py", "--save", folder]
-    subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["minimal_sft.py", "--save", str(folder)])
+    runpy.run_path("minimal_sft.py", run_name="__main__")
+    monkeypatch.undo()
     return folder
 
 
@@ -607,16 +611,14 @@ def test_ipo_is_squared(main, tmp_path):
 # ------------------------------------------------------------------ all of them
 
 
-@pytest.mark.parametrize("name", [diff.stem for diff in VARIANTS if diff.stem != "torchrun"])
+@pytest.mark.parametrize("name", ["dr_grpo", "lora", "online_dpo", "on_policy_distillation"])
 def test_it_learns(main, tmp_path, teacher, name):
-    """Ten steps (fifteen of actor_critic) on one seed; the README's table has three seeds of thirty, made by tests/make_variants.py."""
-    flags = f"--steps {15 if name == 'actor_critic' else 10} --seed 3 --log {tmp_path / 'log'}"
+    """Eight steps on one seed, for time; all variants, three seeds and thirty steps: tests/make_variants.py."""
+    flags = f"--steps 8 --seed 3 --log {tmp_path / 'log'}"
     flags += f" --teacher {teacher}" if name == "on_policy_distillation" else ""
     main(f"{patched(name, tmp_path)} {flags}")
     log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    first, last = log[0]["eval"], log[-1]["eval"]
-    score = "ttr" if name == "actor_critic" else "reward"
-    assert last[score] >= first[score] + 0.1
+    assert log[-1]["eval"]["reward"] >= log[0]["eval"]["reward"] + 0.1
 
 
 def test_readme_is_written_from_the_diffs(monkeypatch, tmp_path):
