@@ -4,6 +4,7 @@ reader's own mistake that is reported without its line.
 Most of it runs in this process (`main`), which is the script all the same; Ctrl-C needs a process of its own.
 """
 
+import importlib
 import json
 import signal
 import subprocess
@@ -146,20 +147,19 @@ REWARD = {
 @pytest.mark.parametrize("script", RL)
 def test_a_reward_may_be_any_number(main, capsys, tmp_path, script):
     """An int, a bool, negative, above 1; and whatever else score returns is in the evaluation, in the step line and in the log."""
-    for value, mean in (("len(text)", None), ("text == text", 1), ("-2.5", -2.5), ("3", 3)):
-        own = REWARD[script].replace(
-            '"reward": ', '"twice": 2 * (%s), "reward": %s, "old": ' % (value, value)
-        )
-        path = copy_with(script, tmp_path, REWARD[script], own)
-        flags = " ".join(quick(script).split()[1:])
-        g = main(f"{path} {flags} --steps 1 --log {tmp_path / 'log'}")
-        out = capsys.readouterr().out
-        first, *_, step, last = records(tmp_path / "log")
-        for numbers in (first["eval"], step, last["eval"]):
-            assert numbers["twice"] == pytest.approx(2 * numbers["reward"])
-            assert mean is None or numbers["reward"] == mean
-        assert g["rewards"].dtype == torch.float32
-        assert out.count(f"twice {2 * step['reward']:.4g}") >= 1 and out.count("twice ") >= 3
+    value = "[len(text), True, -2.5, 3][len(text) % 4]"
+    own = REWARD[script].replace('"reward": ', f'"twice": 2 * {value}, "reward": {value}, "old": ')
+    path = copy_with(script, tmp_path, REWARD[script], own)
+    flags = " ".join(quick(script).split()[1:])
+    g = main(f"{path} {flags} --steps 1 --log {tmp_path / 'log'}")
+    out = capsys.readouterr().out
+    first, *_, step, last = records(tmp_path / "log")
+    for numbers in (first["eval"], step, last["eval"]):
+        assert numbers["twice"] == pytest.approx(2 * numbers["reward"])
+    values = [[len(text), True, -2.5, 3][len(text) % 4] for text in g["texts"]]
+    assert step["reward"] == pytest.approx(sum(values) / len(values))
+    assert g["rewards"].dtype == torch.float32 and g["rewards"].tolist() == values
+    assert out.count(f"twice {step['twice']:.4g}") >= 1 and out.count("twice ") >= 3
 
 
 @pytest.mark.parametrize("script", PRESENT)
@@ -220,8 +220,7 @@ def test_help_explains_every_flag(main, capsys, script):
     with pytest.raises(SystemExit) as end:
         main(f"{script}.py --help")
     text = " ".join(capsys.readouterr().out.split())
-    g = main(f"{quick(script)} --steps 1")
-    for name, field in g["Args"].__dataclass_fields__.items():
+    for name, field in importlib.import_module(script).Args.__dataclass_fields__.items():
         assert f"--{name}" in text and f"{field.metadata['help']} (default: {field.default})" in text
     assert end.value.code == 0 and "tests/tiny" in text
 
@@ -276,7 +275,9 @@ def test_ctrl_c_finishes_the_step_saves_and_evaluates(tmp_path, script):
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("script", ["minimal_grpo", "rloo"])  # a process each; the others differ in nothing here
+@pytest.mark.parametrize(
+    "script", ["minimal_grpo", "rloo"]
+)  # a process each; the others differ in nothing here
 def test_ctrl_c_ends_a_toy_script_as_any_python_program(tmp_path, script):
     """The log keeps every finished step."""
     code, out, log = interrupted(script, tmp_path)
