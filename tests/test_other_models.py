@@ -39,7 +39,11 @@ KINDS = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA),
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
-    "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", GEMMA | {"num_hidden_layers": 6}),
+    "gemma4": (
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        GEMMA | {"num_hidden_layers": 6, "vocab_size_per_layer_input": 1024},
+    ),
     "lfm2": (
         "Lfm2ForCausalLM",
         "Lfm2Config",
