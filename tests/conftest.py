@@ -4,6 +4,7 @@ import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
+import importlib.util
 import json
 import runpy
 import subprocess
@@ -15,6 +16,36 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = "minimal_sft minimal_dpo minimal_grpo minimal_ppo reinforce rloo gsm8k_grpo gsm8k_sft_grpo".split()
 PRESENT = [name for name in SCRIPTS if (ROOT / f"{name}.py").exists()]
+
+
+def base_of(diff):
+    """The file that a diff changes, by its own first line."""
+    (line,) = [line for line in diff.read_text().splitlines() if line.startswith("--- a/")]
+    return line.removeprefix("--- a/")
+
+
+def patched(name, folder):
+    """A copy of the base with the diff applied."""
+    diff = ROOT / f"tests/variants/{name}.diff"
+    path = folder / f"{name}.py"
+    path.write_text((ROOT / base_of(diff)).read_text())
+    subprocess.run(["patch", "--silent", path, diff], check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def variant(tmp_path_factory):
+    """variant("gspo"): the patched script as a module."""
+    folder = tmp_path_factory.mktemp("variants")
+
+    def variant(name):
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, patched(name, folder))
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+
+    return variant
 
 
 @pytest.fixture(scope="session")

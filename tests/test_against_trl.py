@@ -225,7 +225,11 @@ def given_rows(batch):
     return rows
 
 
-def test_dpo(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "name, loss_type", [("minimal_dpo", "sigmoid"), ("ipo", "ipo"), ("online_dpo", "sigmoid")]
+)
+def test_dpo_and_its_variants(tiny, variant, tmp_path, name, loss_type):
+    """On pairs of completions of different length, away from the reference. TRL's IPO divides log-probs by the length."""
     model, tokenizer = exact(tiny)
     pairs = [
         ("What is 3 + 8?", "<answer>11</answer>", "11"),
@@ -238,7 +242,7 @@ def test_dpo(tiny, tmp_path):
     data = Dataset.from_list(
         [{"prompt": asked(q), "chosen": answered(c), "rejected": answered(r)} for q, c, r in pairs]
     )
-    config = trl.DPOConfig(str(tmp_path), per_device_train_batch_size=4, beta=0.3, **CPU)
+    config = trl.DPOConfig(str(tmp_path), per_device_train_batch_size=4, beta=0.3, loss_type=loss_type, **CPU)
     trainer = trl.DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
     torch.manual_seed(0)
     for p in trainer.model.parameters():  # away from the reference, or every margin is 0
@@ -251,7 +255,11 @@ def test_dpo(tiny, tmp_path):
     with torch.no_grad():
         ref_logp = minimal_dpo.completion_logp(trainer.ref_model, ids, attn, mask).sum(1)
     logp = minimal_dpo.completion_logp(trainer.model, ids, attn, mask).sum(1)
-    ours, metrics = minimal_dpo.dpo_loss(*logp.chunk(2), *ref_logp.chunk(2), 0.3)
+    if name == "ipo":
+        logp, ref_logp = logp / mask.sum(1), ref_logp / mask.sum(1)
+    module = minimal_dpo if name == "minimal_dpo" else variant(name)
+    loss = module.ipo_loss if name == "ipo" else module.dpo_loss
+    ours, metrics = loss(*logp.chunk(2), *ref_logp.chunk(2), 0.3)
     assert abs(metrics["margin"]) > 0.01
     same(ours, theirs, trainer.model)
     # the tokens: what our own encoding makes of the same pairs, but for what the template writes after the end of the turn

@@ -10,24 +10,17 @@ import subprocess
 import sys
 import time
 
-import pytest
 from conftest import ROOT
 
 SECRET = "hf_" + "NotARealTokenOnlyATest"
 
 
-@pytest.mark.parametrize(
-    "script, flags, named",
-    [
-        ("minimal_grpo", "--group-size 1", "--group_size"),
-        ("gsm8k_sft_grpo", "--sft-steps many", "--sft-steps"),
-        ("minimal_grpo", "--stpes 3", "--stpes"),
-    ],
-)
-def test_refused_at_the_start(run, script, flags, named):
-    done = run(script, *flags.split())
+def test_refused_at_the_start(run):
+    done = run("minimal_grpo", "--group-size", "1")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert named in done.stderr.splitlines()[-1] and not done.stdout and not done.log
+    assert (
+        "--group_size must be at least 2" in done.stderr.splitlines()[-1] and not done.stdout and not done.log
+    )
 
 
 def test_model_that_cannot_be_had(run):
@@ -53,31 +46,6 @@ def test_gated_model_without_a_token(run, tmp_path):
     assert f"gated repo.\nMake sure to have access to it at {model}" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "rows, splits",
-    [
-        ("no json", ("train", "test")),
-        ("", ()),
-    ],
-)
-def test_data_that_cannot_be_had(run, tmp_path, rows, splits):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for split in splits:
-        (folder / f"{split}.jsonl").write_text(rows + "\n")
-    done = run("gsm8k_grpo", "--dataset", folder)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and not done.stdout
-    assert f"--dataset {folder}, --log or --save: " in done.stderr
-
-
-def test_data_without_the_columns(run, tmp_path):
-    """The traceback names the column."""
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text('{"frage": "Was?", "answer": "#### 1"}\n')
-    done = run("gsm8k_grpo", "--dataset", tmp_path)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "KeyError: 'question'"
-
-
 def test_the_token_is_nowhere(run, tmp_path):
     flags = "--steps 1 --batch-size 2 --max-new-tokens 4".split()
     done = run("minimal_grpo", *flags, "--save", tmp_path / "out", HF_TOKEN=SECRET)
@@ -88,7 +56,7 @@ def test_the_token_is_nowhere(run, tmp_path):
 
 def test_second_ctrl_c_stops_at_once(tmp_path):
     """The first is taken in the middle of a step, the second at once after it: nothing is saved or evaluated."""
-    flags = "--steps 3000 --batch-size 8 --group-size 32 --max-new-tokens 128 --eval-size 2"
+    flags = "--steps 3000 --batch-size 8 --group-size 16 --max-new-tokens 96 --eval-size 2"
     flags += f" --log {tmp_path / 'log'} --save {tmp_path / 'out'}"
     process = subprocess.Popen(
         [sys.executable, "gsm8k_grpo.py", *flags.split()],

@@ -239,6 +239,21 @@ def test_paths_that_cannot_be_written(main, tmp_path, script):
     assert file.read_text() == "data"
 
 
+@pytest.mark.parametrize("script", GSM8K)
+@pytest.mark.parametrize("rows, splits", [("no json", ("train", "test")), ("", ())])
+def test_data_that_cannot_be_had(main, tmp_path, rows, splits, script):
+    """The library's own message, exit code 1; columns of another name are a KeyError that names the column."""
+    for split in splits:
+        (tmp_path / f"{split}.jsonl").write_text(rows + "\n")
+    with pytest.raises(SystemExit) as end:
+        main(f"{script}.py --dataset {tmp_path}")
+    assert f"--dataset {tmp_path}, --log or --save: " in end.value.code
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"frage": "Was?", "answer": "#### 1"}\n')
+    with pytest.raises(KeyError, match="question"):
+        main(f"{script}.py --dataset {tmp_path}")
+
+
 @each
 def test_model_that_cannot_be_had(main, capsys, tmp_path, script):
     """No model, no weights, no such folder, and a Hub id while offline: the library's own message, exit code 1."""
@@ -267,22 +282,18 @@ def interrupted(script, tmp_path, *more):
     return process.returncode, out, records(tmp_path / "log")
 
 
-@pytest.mark.parametrize("script", GSM8K)
-def test_ctrl_c_finishes_the_step_saves_and_evaluates(tmp_path, script):
-    code, out, log = interrupted(script, tmp_path)
+def test_ctrl_c_finishes_the_step_saves_and_evaluates(tmp_path):
+    code, out, log = interrupted("gsm8k_sft_grpo", tmp_path)
     assert code == 0 and "Traceback" not in out and "Ctrl-C" in out
-    assert "eval" in log[-1] and log[-1]["step"] == len(steps_of(log, script)) > 0
+    assert "eval" in log[-1] and log[-1]["step"] == len(steps_of(log, "gsm8k_sft_grpo")) > 0
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "script", ["minimal_grpo", "rloo"]
-)  # a process each; the others differ in nothing here
-def test_ctrl_c_ends_a_toy_script_as_any_python_program(tmp_path, script):
+def test_ctrl_c_ends_a_toy_script_as_any_python_program(tmp_path):
     """The log keeps every finished step."""
-    code, out, log = interrupted(script, tmp_path)
+    code, out, log = interrupted("rloo", tmp_path)
     assert code not in (0, 1) and "KeyboardInterrupt" in out
-    assert [r["step"] for r in steps_of(log, script)] == list(range(len(log) - 1)) and len(log) >= 7
+    assert [r["step"] for r in steps_of(log, "rloo")] == list(range(len(log) - 1)) and len(log) >= 7
 
 
 @each

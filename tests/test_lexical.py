@@ -134,7 +134,7 @@ def test_training_and_evaluation_topics_differ(main):
         assert len(set(both)) == len(both) >= 26
         assert all("about 40 words" in prompt and words == 40 for prompt, words in both)
     for script, group in (("reinforce", ""), ("rloo", "--group-size 2")):
-        g = main(f"{script}.py --steps 1 --batch-size 300 {group} --max-new-tokens 1")
+        g = main(f"{script}.py --steps 1 --batch-size 150 {group} --max-new-tokens 1")
         assert {*zip(g["prompts"], g["answers"])} == set(g["TRAIN"]) and len(g["TRAIN"]) >= 20
         assert not set(g["TRAIN"]) & set(g["TEST"]) and len(g["TEST"]) == 6
 

@@ -5,13 +5,11 @@ Catches a change to one of the eight files that breaks a variant, by the variant
 are no adapters; and, under torchrun, a gradient that depends on how the batch is shared out, or a process that stops alone.
 """
 
-import importlib.util
 import json
 import math
 import os
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 import types
@@ -20,41 +18,11 @@ import make_variants
 import minimal_grpo
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, base_of, patched
 from test_other_models import KINDS, random_model
 from transformers import AutoModelForCausalLM
 
 VARIANTS = sorted((ROOT / "tests/variants").glob("*.diff"))
-
-
-def base_of(diff):
-    """The file that a diff changes, by its own first line."""
-    (line,) = [line for line in diff.read_text().splitlines() if line.startswith("--- a/")]
-    return line.removeprefix("--- a/")
-
-
-def patched(name, folder):
-    """A copy of the base with the diff applied."""
-    diff = ROOT / f"tests/variants/{name}.diff"
-    path = folder / f"{name}.py"
-    path.write_text((ROOT / base_of(diff)).read_text())
-    subprocess.run(["patch", "--silent", path, diff], check=True)
-    return path
-
-
-@pytest.fixture(scope="module")
-def variant(tmp_path_factory):
-    """variant("gspo"): the patched script as a module."""
-    folder = tmp_path_factory.mktemp("variants")
-
-    def variant(name):
-        if name not in sys.modules:
-            spec = importlib.util.spec_from_file_location(name, patched(name, folder))
-            sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[name])
-        return sys.modules[name]
-
-    return variant
 
 
 @pytest.mark.parametrize("diff", VARIANTS, ids=lambda diff: diff.stem)
@@ -126,81 +94,45 @@ def gsm8k(script, folder, processes, **environment):
     """Runs the script on 4 prompts in all, by as many processes; gives what each leaves behind, the log and the output."""
     (folder / "driver.py").write_text(DRIVER)
     out, log, saved = folder / "out", folder / f"{processes}.jsonl", folder / f"saved-{processes}"
-    flags = (
-        f"--steps 3 --lr 1e-6 --batch-size {4 // processes} --group-size 4 --max-new-tokens 48 --eval-size 6"
+    flags = "--steps 3 --lr 1e-6 --group-size 4 --max-new-tokens 48 --eval-size 6".split()
+    flags += ["--batch-size", 4 // processes, "--log", log, "--save", saved]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--"]
+    command = [sys.executable, *(launch if processes > 1 else []), folder / "driver.py", out, script, *flags]
+    done = subprocess.run(
+        [*map(str, command)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    command = [
-        sys.executable,
-        folder / "driver.py",
-        out,
-        script,
-        *flags.split(),
-        "--log",
-        log,
-        "--save",
-        saved,
-    ]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in range(processes):
-        extra = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": port,
-        }
-        started.append(
-            subprocess.Popen(
-                [*map(str, command)],
-                cwd=ROOT,
-                env=os.environ | environment | (extra if processes > 1 else {}),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=300) for process in started]
-    for process, (_, stderr) in zip(started, outputs):
-        assert process.returncode == 0, stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
     assert (saved / "model.safetensors").exists()
     left = [torch.load(f"{out}.{rank}") for rank in range(processes)]
-    return left, [json.loads(line) for line in log.read_text().splitlines()], [out for out, _ in outputs]
+    return left, [json.loads(line) for line in log.read_text().splitlines()], done.stdout
 
 
 def test_two_processes_are_one(tmp_path):
-    """Two gloo processes of two prompts each give the gradient, the weights, the metrics and the samples of one with all four."""
-    (one,), log_one, _ = gsm8k("gsm8k_grpo.py", tmp_path, 1)
-    two, log_two, (first, second) = gsm8k(patched("torchrun", tmp_path), tmp_path, 2)
+    """Two processes of torchrun (gloo), two prompts each, give the gradient, the weights, the metrics and the samples of one with all four.
+
+    Both runs are interrupted in their second step; of the two processes only the second one is, which prints and saves nothing. All
+    must stop after the same step, or the models would differ.
+    """
+    (one,), log_one, _ = gsm8k("gsm8k_grpo.py", tmp_path, 1, INTERRUPT="0 2")
+    two, log_two, printed = gsm8k(patched("torchrun", tmp_path), tmp_path, 2, INTERRUPT="1 2")
     for weights, gradient, _ in two:
         assert one[1].norm() > 0.5 and (gradient - one[1]).abs().max() < 1e-5
         assert (weights - one[0]).abs().max() < 1e-5
-    assert two[0][2] != two[1][2], "each process needs a seed of its own"
-    assert len(log_one) == len(log_two) == 5 and not second.strip() and first.count("\nstep ") == 3
+    assert torch.equal(two[0][0], two[1][0]) and two[0][2] != two[1][2], (
+        "each process needs a seed of its own"
+    )
+    assert [record["step"] for record in log_two] == [0, 0, 1, 2] and "eval" in log_two[-1]
+    assert len(log_one) == len(log_two) and printed.count("\nstep ") == 2
     for a, b in zip(log_one, log_two):
         samples = a.pop("samples", None), b.pop("samples", None)
         assert samples[0] == samples[1]
         a, b = a.get("eval", a), b.get("eval", b)
         assert {k: v for k, v in a.items() if k != "phase"} == pytest.approx(b, rel=1e-3, abs=1e-5)
-
-
-def test_ctrl_c_in_one_process_stops_all_after_the_same_step(tmp_path):
-    """In the second, which prints and saves nothing."""
-    path = patched("torchrun", tmp_path)
-    left, log, _ = gsm8k(path, tmp_path, 2, INTERRUPT="1 2")
-    assert torch.equal(left[0][0], left[1][0]), "the models differ"
-    assert [record["step"] for record in log] == [0, 0, 1, 2] and "eval" in log[-1]
-
-
-def test_torchrun_launches_it(tmp_path):
-    path = patched("torchrun", tmp_path)
-    flags = "--steps 1 --batch-size 1 --group-size 2 --max-new-tokens 8 --eval-size 4".split()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    command = [*launch, str(path), *flags, "--log", str(tmp_path / "log")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len((tmp_path / "log").read_text().splitlines()) == 3
 
 
 # ------------------------------------------------------------------ the losses against TRL

@@ -1,0 +1,132 @@
+"""Draws the READMEs' figures from the logs that tests/measure.py leaves: uv run tests/figures.py LOGS"""
+
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FIGURES = Path(__file__).parent / "figures"
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8e63b5", "#999999"
+plt.rcParams |= {"font.size": 14, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+plt.rcParams |= {"grid.alpha": 0.3, "savefig.dpi": 120, "savefig.facecolor": "white", "lines.linewidth": 2.2}
+
+
+def logs(folder, name):
+    """The records of each seed."""
+    paths = sorted(folder.glob(f"{name}-?.jsonl"))
+    assert paths, f"no {name}-*.jsonl in {folder}"
+    return [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+
+
+def band(axes, x, runs, color, label):
+    """The seeds' mean as a line and their range as a band. runs: a list of values for each seed."""
+    columns = list(zip(*runs, strict=True))
+    axes.plot(x, [sum(c) / len(c) for c in columns], color=color, label=label)
+    axes.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.18, lw=0)
+
+
+def methods(folder):
+    """The four arithmetic methods: correct sampled answers against completions trained on."""
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    per_step = {"minimal_sft": (8, GREEN), "minimal_dpo": (16, ORANGE)}
+    per_step |= {"minimal_grpo": (64, BLUE), "minimal_ppo": (64, PURPLE)}
+    for name, (completions, color) in per_step.items():
+        runs = [[r["sampled"] for r in run if "sampled" in r] for run in logs(folder, name)]
+        x = [completions * (step + 1) for step in range(len(runs[0]))]
+        band(axes, x, runs, color, name.removeprefix("minimal_").upper())
+    axes.set(xscale="log", xlabel="completions trained on (given or sampled)", ylim=(0, 1.02))
+    axes.set_xticks([8, 16, 32, 64, 128, 256, 512, 1024, 1920])
+    axes.set_xticklabels(["8", "16", "32", "64", "128", "256", "512", "1024", "1920"], fontsize=12)
+    axes.minorticks_off()
+    axes.set_ylabel("correct sampled answers")
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(FIGURES / "methods.png")
+
+
+STYLES = {  # each text counts for the first pattern that it matches
+    "<answer>18</answer>": (r"<answer>\d+</answer>", BLUE),
+    "<answer>9 + 9 = 18</answer>": (r"<answer>\d \+ \d = \d+</answer>", "#7fbfe5"),
+    "18": (r"\d+", ORANGE),
+    "9 + 9 = 18": (r"\d \+ \d = \d+", "#f3cf7f"),
+    "The answer is 18.": (r"The answer is \d+\.", GREEN),
+    "anything else": (r".*", GREY),
+}
+
+
+def style(text):
+    return next(
+        name for name, (pattern, _) in STYLES.items() if re.fullmatch(pattern, text.strip(), re.DOTALL)
+    )
+
+
+def styles(folder):
+    """What GRPO does to the way the model answers; below it, one prompt's completions at four steps."""
+    runs = logs(folder, "minimal_grpo")
+    steps = [[r for r in run if "samples" in r] for run in runs]
+    shares = {name: [] for name in STYLES}
+    for at_step in zip(*steps, strict=True):
+        texts = [style(sample["text"]) for record in at_step for sample in record["samples"]]
+        for name in STYLES:
+            shares[name].append(texts.count(name) / len(texts))
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(7, 8.2), layout="constrained", height_ratios=(1.25, 1)
+    )
+    colors = [color for _, color in STYLES.values()]
+    top.stackplot(range(len(steps[0])), *shares.values(), labels=STYLES, colors=colors, lw=0)
+    top.set(xlabel="step of GRPO", ylim=(0, 1), xlim=(0, len(steps[0]) - 1))
+    top.set_ylabel("share of sampled completions")
+    top.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    handles, labels = top.get_legend_handles_labels()
+    top.legend(handles[::-1], labels[::-1], loc="lower left", framealpha=0.95, fontsize=12.5)
+    bottom.axis("off")
+    bottom.set_title("eight completions of “What is 9 + 9?”", fontsize=14, loc="left")
+    groups = {r["step"]: r["group"] for r in runs[0] if "group" in r}
+    for column, step in enumerate((0, 5, 15, 29)):
+        x = (0.0, 0.26, 0.52, 0.78)[column]
+        bottom.text(x, 0.97, f"step {step}", weight="bold", va="top", transform=bottom.transAxes)
+        for row, text in enumerate(groups[step]):
+            text = textwrap.shorten(text.replace("answer>", "ans>"), 24, placeholder="…")
+            color = STYLES[style(groups[step][row])][1]
+            y = 0.85 - 0.11 * row
+            bottom.add_patch(
+                plt.Rectangle((x, y - 0.075), 0.012, 0.07, color=color, transform=bottom.transAxes, lw=0)
+            )
+            bottom.text(x + 0.02, y, text, va="top", fontsize=10.5, transform=bottom.transAxes)
+    figure.savefig(FIGURES / "styles.png")
+
+
+def lexical(folder):
+    """REINFORCE with its four baselines, and RLOO: the sampled reward."""
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    series = {"reinforce-none": ("no baseline", RED), "reinforce-mean": ("mean", BLUE)}
+    series |= {"reinforce-ema": ("ema", GREEN), "reinforce-scst": ("scst", ORANGE), "rloo": ("RLOO", PURPLE)}
+    for name, (label, color) in series.items():
+        runs = [[r["reward"] for r in run if "eval" not in r] for run in logs(folder, name)]
+        band(axes, range(len(runs[0])), runs, color, label)
+    axes.set(xlabel="step", ylabel="mean reward of the batch", ylim=(0, 1.0))
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(FIGURES / "lexical.png")
+
+
+def gsm8k(folder):
+    """The two GSM8K scripts: the sampled reward of GRPO's steps."""
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for name, color in (("gsm8k_grpo", BLUE), ("gsm8k_sft_grpo", ORANGE)):
+        runs = [[r["reward"] for r in run if "samples" in r] for run in logs(folder, name)]
+        band(axes, range(len(runs[0])), runs, color, f"{name}.py")
+    axes.set(xlabel="step of GRPO", ylabel="mean reward of the batch", ylim=(0, 1.02))
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(FIGURES / "gsm8k.png")
+
+
+if __name__ == "__main__":
+    logs_folder = Path(sys.argv[1])
+    for draw in (methods, styles, lexical, gsm8k):
+        draw(logs_folder)

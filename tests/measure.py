@@ -1,0 +1,142 @@
+"""Runs the scripts on the bundled models and writes what the READMEs say of them: tests/results.json and the figures.
+
+uv run tests/measure.py LOGS                 all runs, two processes of one thread at a time, logs into the folder LOGS
+uv run tests/measure.py LOGS minimal exercise  only the runs whose names start so
+
+Every run is the script itself, with its default flags but for those named here. Into the four arithmetic scripts one line is put: after
+each step it samples one completion for each of the 100 sums, and eight for one prompt, with random numbers and time of its own. The
+exercises of the README are the script with a few lines changed, named below.
+"""
+
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "tests/results.json"
+
+PROBE = """\
+        probe_start = __import__("time").perf_counter()
+        with torch.random.fork_rng():
+            torch.manual_seed(1000 + step)
+            probed = sample(model, tokenizer, [p for p, _ in TEST], args.max_new_tokens)[0]
+            right = [score(t, a)["reward"] for t, (_, a) in zip(probed, TEST)]
+            group = sample(model, tokenizer, ["What is 9 + 9?"] * 8, args.max_new_tokens)[0]
+        probe = {"step": step, "sampled": sum(right) / len(right), "group": group}
+        probe["probe_seconds"] = __import__("time").perf_counter() - probe_start
+        print(json.dumps(probe), file=log)
+"""
+
+ARITHMETIC = "minimal_sft minimal_dpo minimal_grpo minimal_ppo".split()
+LEXICAL = {f"reinforce-{b}": f"--baseline {b}" for b in ("none", "mean", "ema", "scst")}
+LEXICAL |= {"reinforce-gamed": "--brevity-penalty-scale 0", "rloo": ""}
+SCORE = '{"reward": float(one_pair and f"<answer>{answer}</answer>" in text)}'
+RIGHT = '"right": float(one_pair and f"<answer>{answer}</answer>" in text)}'
+LEXICAL_REWARD = '"reward": ttr - args.brevity_penalty_scale * missing'
+
+# name: script, flags, changes of its text as (old, new)
+EXERCISES = {
+    "one_update": ("minimal_grpo", "--update-epochs 1", []),
+    "groups_of_two": ("minimal_grpo", "--group-size 2 --batch-size 32", []),
+    "tags_only": ("minimal_grpo", "", [(SCORE, '{"reward": float(one_pair), ' + RIGHT)]),
+    "no_baseline": (
+        "minimal_grpo",
+        "",
+        [("    return advantages.view(-1, 1)\n", "    return rewards.view(-1, 1)\n")],
+    ),
+    "no_critic": ("minimal_ppo", "--critic-lr 0", []),
+    "no_end": ("minimal_sft", "", [("completion + tokenizer.eos_token", "completion")]),
+    "shifted_none": (
+        "reinforce",
+        "--baseline none",
+        [(LEXICAL_REWARD, LEXICAL_REWARD.replace("missing", "missing - 1"))],
+    ),
+    "shifted_mean": (
+        "reinforce",
+        "--baseline mean",
+        [(LEXICAL_REWARD, LEXICAL_REWARD.replace("missing", "missing - 1"))],
+    ),
+}
+
+
+def jobs():
+    """(name, seed, script, flags, changes) of every run."""
+    probe = "        history.append(record)\n"
+    for script in ARITHMETIC:
+        for seed in range(5):
+            yield script, seed, script, "", [(probe, probe + PROBE)]
+    for name, flags in LEXICAL.items():
+        for seed in range(5):
+            yield name, seed, name.split("-")[0], flags, []
+    yield "reinforce-gamed-100", 0, "reinforce", "--brevity-penalty-scale 0 --steps 100", []
+    for script in ("gsm8k_grpo", "gsm8k_sft_grpo"):
+        for seed in range(3):
+            yield script, seed, script, "", []
+    for name, (script, flags, changes) in EXERCISES.items():
+        for seed in range(3):
+            yield f"exercise-{name}", seed, script, flags, changes
+
+
+def run(folder, name, seed, script, flags, changes):
+    """One run: its records, and the seconds from the first evaluation to the last step, without the probe's."""
+    source = (ROOT / f"{script}.py").read_text()
+    for old, new in changes:
+        assert source.count(old) == 1, f"{name}: {old!r} stands in {script}.py {source.count(old)} times"
+        source = source.replace(old, new)
+    path, log = folder / f"{name}.py", folder / f"{name}-{seed}.jsonl"
+    path.write_text(source)
+    command = [sys.executable, path, *flags.split(), "--seed", seed, "--log", log]
+    started, ended = None, None
+    with subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("    "):  # the example below an evaluation
+                started = started or time.perf_counter()
+            if line.startswith("step "):
+                ended = time.perf_counter()
+    assert process.returncode == 0, f"{name}, seed {seed}"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    seconds = ended - started - sum(record.get("probe_seconds", 0) for record in records)
+    evaluations = [record["eval"] for record in records if "eval" in record]
+    print(f"{name}, seed {seed}: {evaluations[0]} to {evaluations[-1]}, {seconds:.1f} s", flush=True)
+    return records, seconds
+
+
+def summary(runs):
+    """What the READMEs need of one script's seeds: evaluations, seconds, means over the steps."""
+    evaluations = [[r["eval"] for r in records if "eval" in r] for records, _ in runs]
+    steps = [[r for r in records if "eval" not in r and "probe_seconds" not in r] for records, _ in runs]
+    result = {"evaluations": evaluations, "seconds": [round(seconds, 1) for _, seconds in runs]}
+    for metric in ("reward", "clip_frac", "grad_norm"):
+        if all(metric in r for run in steps for r in run):
+            result[metric] = [statistics.mean(r[metric] for r in run) for run in steps]
+    if all("reward" in r for run in steps for r in run):
+        result["last_reward"] = [statistics.mean(r["reward"] for r in run[-5:]) for run in steps]
+    return result
+
+
+def main():
+    folder = Path(sys.argv[1]).resolve()
+    folder.mkdir(exist_ok=True)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    wanted = [job for job in jobs() if job[0].startswith(tuple(sys.argv[2:]) or "")]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        done = [(job[0], pool.submit(run, folder, *job)) for job in wanted]
+        for name in dict.fromkeys(name for name, _ in done):
+            results[name] = summary([future.result() for other, future in done if other == name])
+            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
