@@ -44,7 +44,7 @@ class Args:
     max_new_tokens: int = HfArg(default=96, help="longer completions are cut off")
     lr: float = HfArg(default=2e-6, help="learning rate of the first step; it falls linearly to 0")
     baseline: Literal["none", "mean", "ema", "scst"] = HfArg(default="mean", help="subtracted from rewards")
-    ema_beta: float = HfArg(default=0.9, help="ema: each batch weighs this times the next one")
+    ema_beta: float = HfArg(default=0.9, help="ema: weight of each batch, relative to the next")
     brevity_penalty_scale: float = HfArg(default=1.0, help="weight of the penalty for missing words")
     seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines, one per step and evaluation")

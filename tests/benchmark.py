@@ -2,12 +2,13 @@
 
     uv run tests/benchmark.py
 
-One table, each row ours / theirs / ratio, medians of at least 5 runs taken in turn (memory on a CPU: of 2). On a CPU the bundled
+One table, each row ours / theirs / ratio, medians of at least 5 runs taken in turn (memory on a CPU: of 2), and where the time goes. On a CPU the bundled
 model, on CUDA also a Qwen2 of Qwen2.5-0.5B's shape with random weights, which is all that speed and memory depend on. TRL's row
 needs the dev dependencies.
 """
 
 import contextlib
+import copy
 import io
 import os
 import runpy
@@ -157,6 +158,57 @@ def their_grpo(steps, group_size=8):
     ]  # from one batch's second update to the next one's
 
 
+def profile(model, tokenizer, batches=10):
+    """Where the time of our own sampler and of a GRPO batch (8 x 8, two updates) goes, in percent."""
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    spent = dict.fromkeys(["in the model", "reference", "forward", "backward", "optimizer"], 0.0)
+
+    def clocked(name, function):
+        def run(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            spent[name] += time.perf_counter() - start
+            return result
+
+        return run
+
+    forward, model.forward = model.forward, clocked("in the model", model.forward)
+    for rows in (8, 64):
+        prompts = [f"What is {i % 10} + {i // 10}?" for i in range(rows)]
+        minimal_grpo.sample(model, tokenizer, prompts, 48)
+        spent["in the model"] = 0.0
+        seconds = timed(lambda: [minimal_grpo.sample(model, tokenizer, prompts, 48) for _ in range(batches)])
+        print(
+            f"sampling {rows} rows: {100 * spent['in the model'] / seconds:.0f} % in the model's forward pass"
+        )
+    model.forward = forward
+    reference, old_logp = copy.deepcopy(model), None
+    optimizer = torch.optim.Adam(model.parameters(), 0.0)
+    prompts = [f"What is {i // 8} + {i // 8}?" for i in range(64)]
+    advantages = torch.randn(64, 1, device=DEVICE)
+    sampling = 0.0
+    for _ in range(batches):
+        start = time.perf_counter()
+        _, ids, attn, mask, _ = minimal_grpo.sample(model, tokenizer, prompts, 48)
+        sampling += time.perf_counter() - start
+        with torch.no_grad():
+            ref_logp = clocked("reference", minimal_grpo.completion_logp)(reference, ids, attn, mask)
+        for epoch in range(2):
+            logp = clocked("forward", minimal_grpo.completion_logp)(model, ids, attn, mask)
+            old_logp = logp.detach() if epoch == 0 else old_logp
+            token_loss, _ = minimal_grpo.grpo_loss(logp, old_logp, ref_logp, advantages, 0.2, 0.04)
+            optimizer.zero_grad()
+            clocked("backward", ((token_loss * mask).sum() / mask.sum()).backward)()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clocked("optimizer", optimizer.step)()
+    del spent["in the model"]
+    spent = {"sampling": sampling, **spent}
+    shares = [f"{name} {100 * x / sum(spent.values()):.0f} %" for name, x in spent.items()]
+    print("a GRPO batch of 8 x 8:", ", ".join(shares), flush=True)
+
+
 def peak_memory(folder, size):
     """MiB at most while gsm8k_grpo.py takes a step on 16 completions of 128 tokens; on a CPU of the whole process."""
     flags = "--steps 1 --eval-size 1 --batch-size 2 --max-new-tokens 128".split()
@@ -178,6 +230,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained("tests/tiny-qwen", padding_side="left")
     tiny = AutoModelForCausalLM.from_pretrained("tests/tiny-qwen", dtype=torch.float32).to(DEVICE)
     sampling("0.9 M", tiny, tokenizer)
+    profile(tiny, tokenizer)
     shape = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
     shape |= {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
     name = "0.5 B"

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-import textwrap
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -75,30 +75,28 @@ def styles(folder):
         texts = [style(sample["text"]) for record in at_step for sample in record["samples"]]
         for name in STYLES:
             shares[name].append(texts.count(name) / len(texts))
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(7, 8.2), layout="constrained", height_ratios=(1.25, 1)
-    )
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 8), layout="constrained", height_ratios=(1.25, 1))
     colors = [color for _, color in STYLES.values()]
     top.stackplot(range(len(steps[0])), *shares.values(), labels=STYLES, colors=colors, lw=0)
     top.set(xlabel="step of GRPO", ylim=(0, 1), xlim=(0, len(steps[0]) - 1))
     top.set_ylabel("share of sampled completions")
     top.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     handles, labels = top.get_legend_handles_labels()
-    top.legend(handles[::-1], labels[::-1], loc="lower left", framealpha=0.95, fontsize=12.5)
+    top.legend(handles[::-1], labels[::-1], loc="lower right", framealpha=0.95, fontsize=13)
     bottom.axis("off")
     bottom.set_title("eight completions of “What is 9 + 9?”", fontsize=14, loc="left")
-    groups = {r["step"]: r["group"] for r in runs[0] if "group" in r}
-    for column, step in enumerate((0, 5, 15, 29)):
-        x = (0.0, 0.26, 0.52, 0.78)[column]
-        bottom.text(x, 0.97, f"step {step}", weight="bold", va="top", transform=bottom.transAxes)
-        for row, text in enumerate(groups[step]):
-            text = textwrap.shorten(text.replace("answer>", "ans>"), 24, placeholder="…")
-            color = STYLES[style(groups[step][row])][1]
-            y = 0.85 - 0.11 * row
-            bottom.add_patch(
-                plt.Rectangle((x, y - 0.075), 0.012, 0.07, color=color, transform=bottom.transAxes, lw=0)
+    groups = {r["step"]: Counter(r["group"]) for r in runs[0] if "group" in r}
+    for step, (x, y) in {0: (0, 0.95), 5: (0.5, 0.95), 15: (0, 0.4), 29: (0.5, 0.4)}.items():
+        bottom.text(x, y, f"after step {step}", weight="bold", va="top", transform=bottom.transAxes)
+        for row, (text, count) in enumerate(groups[step].most_common(), 1):
+            corner = (x, y - 0.1 * row - 0.075)
+            patch = plt.Rectangle(
+                corner, 0.015, 0.075, color=STYLES[style(text)][1], transform=bottom.transAxes, lw=0
             )
-            bottom.text(x + 0.02, y, text, va="top", fontsize=10.5, transform=bottom.transAxes)
+            bottom.add_patch(patch)
+            place = {"va": "top", "fontsize": 13, "transform": bottom.transAxes}
+            bottom.text(x + 0.03, y - 0.1 * row, count, weight="bold", **place)
+            bottom.text(x + 0.07, y - 0.1 * row, text, **place)
     figure.savefig(FIGURES / "styles.png")
 
 

@@ -24,21 +24,21 @@ SEEDS = range(3)
 INTRO = """\
 # Variants, each as a diff
 
-Most newer algorithms are a few changed lines of one of the eight scripts. Here each is a patch to one of them, with its reason, its
-paper and what was measured. The patched file is complete: docstring, formula, flags and help are its own.
+Most newer algorithms are a few changed lines of one of the eight scripts. Here each of them is a patch, with the reason for it, its paper, and what
+was measured. The patched file is complete: docstring, formula, flags and help are its own.
 
     cp minimal_grpo.py dr_grpo.py && patch dr_grpo.py tests/variants/dr_grpo.diff && uv run dr_grpo.py
 
-`on_policy_distillation` needs a teacher first: `uv run minimal_sft.py --save teacher`. `torchrun` says in its diff how to start it.
+`on_policy_distillation` needs a teacher first: `uv run minimal_sft.py --save teacher`. The description of `torchrun` says how to start it.
 
-Before and after: greedy accuracy (`actor_critic`: type-token ratio) on the bundled models with default flags, seeds 0 to 2; seconds are
-those of the whole process, one thread each, two processes at a time. Made by `uv run tests/make_variants.py`. These numbers show that
-the code learns; they do not rank the methods: at two updates per batch every ratio is near 1, and there most of these losses have the
-same gradient but for a constant.
+Before and after: greedy accuracy (`actor_critic`: type-token ratio) on the bundled models with default flags, seeds 0 to 2. Seconds are
+those of the whole process, with one thread each and two processes at a time. `uv run tests/make_variants.py` measures all of it and writes this page.
 
-When one of the eight files changes, a variant of it may no longer apply; the tests name it. To bring it up to date, run
-`git apply --3way tests/variants/NAME.diff`, mend the places that it marks, copy the result away, restore the base, and write the diff
-again below its text: `diff -U3 --label a/BASE --label b/BASE BASE RESULT`.
+These numbers show that the code learns; they do not rank the methods. With two updates per batch, every ratio is near 1, and there most
+of these losses have the same gradient but for a constant, so their curves look alike.
+
+EXPERIMENT
+To update a variant after a change to its base, see [Contributing](../README.md#contributing).
 """
 
 

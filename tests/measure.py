@@ -1,10 +1,11 @@
 """Runs the scripts on the bundled models and writes what the READMEs say of them: tests/results.json and the figures.
 
-uv run tests/measure.py LOGS                 all runs, two processes of one thread at a time, logs into the folder LOGS
-uv run tests/measure.py LOGS minimal exercise  only the runs whose names start so
+uv run tests/measure.py LOGS                   all runs, two processes of one thread at a time, logs into the folder LOGS; then
+                                               each script once alone, for its seconds
+uv run tests/measure.py LOGS exercise seconds  only what starts so
 
 Every run is the script itself, with its default flags but for those named here. Into the four arithmetic scripts one line is put: after
-each step it samples one completion for each of the 100 sums, and eight for one prompt, with random numbers and time of its own. The
+each step it samples one completion for each of the 100 sums, and eight for one prompt, with random numbers of its own. The
 exercises of the README are the script with a few lines changed, named below.
 """
 
@@ -21,18 +22,16 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests/results.json"
 
 PROBE = """\
-        probe_start = __import__("time").perf_counter()
         with torch.random.fork_rng():
-            torch.manual_seed(1000 + step)
+            torch.manual_seed(1000 * (args.seed + 1) + step)
             probed = sample(model, tokenizer, [p for p, _ in TEST], args.max_new_tokens)[0]
             right = [score(t, a)["reward"] for t, (_, a) in zip(probed, TEST)]
             group = sample(model, tokenizer, ["What is 9 + 9?"] * 8, args.max_new_tokens)[0]
-        probe = {"step": step, "sampled": sum(right) / len(right), "group": group}
-        probe["probe_seconds"] = __import__("time").perf_counter() - probe_start
-        print(json.dumps(probe), file=log)
+        print(json.dumps({"step": step, "sampled": sum(right) / len(right), "group": group}), file=log)
 """
 
 ARITHMETIC = "minimal_sft minimal_dpo minimal_grpo minimal_ppo".split()
+GSM8K = ["gsm8k_grpo", "gsm8k_sft_grpo"]
 LEXICAL = {f"reinforce-{b}": f"--baseline {b}" for b in ("none", "mean", "ema", "scst")}
 LEXICAL |= {"reinforce-gamed": "--brevity-penalty-scale 0", "rloo": ""}
 SCORE = '{"reward": float(one_pair and f"<answer>{answer}</answer>" in text)}'
@@ -50,7 +49,6 @@ EXERCISES = {
         [("    return advantages.view(-1, 1)\n", "    return rewards.view(-1, 1)\n")],
     ),
     "no_critic": ("minimal_ppo", "--critic-lr 0", []),
-    "no_end": ("minimal_sft", "", [("completion + tokenizer.eos_token", "completion")]),
     "shifted_none": (
         "reinforce",
         "--baseline none",
@@ -62,6 +60,14 @@ EXERCISES = {
         [(LEXICAL_REWARD, LEXICAL_REWARD.replace("missing", "missing - 1"))],
     ),
 }
+YOURS = [  # "Make it yours" in the README
+    ("Give the result between <answer> and </answer>.", "Answer in a sentence."),
+    (
+        "TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the format\n",
+        "random.Random(0).shuffle(TRAIN)\nTRAIN, TEST = TRAIN[:80], TRAIN[80:]\n",
+    ),
+    (SCORE, '{"reward": float(text == f"The answer is {answer}."), "characters": len(text)}'),
+]
 
 
 def jobs():
@@ -73,17 +79,18 @@ def jobs():
     for name, flags in LEXICAL.items():
         for seed in range(5):
             yield name, seed, name.split("-")[0], flags, []
-    yield "reinforce-gamed-100", 0, "reinforce", "--brevity-penalty-scale 0 --steps 100", []
-    for script in ("gsm8k_grpo", "gsm8k_sft_grpo"):
+    for script in GSM8K:
         for seed in range(3):
             yield script, seed, script, "", []
-    for name, (script, flags, changes) in EXERCISES.items():
-        for seed in range(3):
+    for seed in range(3):
+        yield "gamed", seed, "reinforce", "--brevity-penalty-scale 0 --steps 100", []
+        yield "yours", seed, "minimal_grpo", "", YOURS
+        for name, (script, flags, changes) in EXERCISES.items():
             yield f"exercise-{name}", seed, script, flags, changes
 
 
-def run(folder, name, seed, script, flags, changes):
-    """One run: its records, and the seconds from the first evaluation to the last step, without the probe's."""
+def run(folder, name, seed, script, flags, changes, threads="1"):
+    """One run: its records, and the seconds from the first evaluation to the last step."""
     source = (ROOT / f"{script}.py").read_text()
     for old, new in changes:
         assert source.count(old) == 1, f"{name}: {old!r} stands in {script}.py {source.count(old)} times"
@@ -95,7 +102,7 @@ def run(folder, name, seed, script, flags, changes):
     with subprocess.Popen(
         [*map(str, command)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -107,7 +114,7 @@ def run(folder, name, seed, script, flags, changes):
                 ended = time.perf_counter()
     assert process.returncode == 0, f"{name}, seed {seed}"
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    seconds = ended - started - sum(record.get("probe_seconds", 0) for record in records)
+    seconds = ended - started
     evaluations = [record["eval"] for record in records if "eval" in record]
     print(f"{name}, seed {seed}: {evaluations[0]} to {evaluations[-1]}, {seconds:.1f} s", flush=True)
     return records, seconds
@@ -116,8 +123,8 @@ def run(folder, name, seed, script, flags, changes):
 def summary(runs):
     """What the READMEs need of one script's seeds: evaluations, seconds, means over the steps."""
     evaluations = [[r["eval"] for r in records if "eval" in r] for records, _ in runs]
-    steps = [[r for r in records if "eval" not in r and "probe_seconds" not in r] for records, _ in runs]
-    result = {"evaluations": evaluations, "seconds": [round(seconds, 1) for _, seconds in runs]}
+    steps = [[r for r in records if "eval" not in r and "sampled" not in r] for records, _ in runs]
+    result = {"evaluations": evaluations}
     for metric in ("reward", "clip_frac", "grad_norm"):
         if all(metric in r for run in steps for r in run):
             result[metric] = [statistics.mean(r[metric] for r in run) for run in steps]
@@ -135,7 +142,16 @@ def main():
         done = [(job[0], pool.submit(run, folder, *job)) for job in wanted]
         for name in dict.fromkeys(name for name, _ in done):
             results[name] = summary([future.result() for other, future in done if other == name])
-            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+            write(results)
+    if "seconds".startswith(tuple(sys.argv[2:]) or ""):
+        threads, results["seconds"] = str(os.cpu_count()), {}
+        for script in [*ARITHMETIC, "reinforce", "rloo", *GSM8K]:
+            results["seconds"][script] = round(run(folder, "seconds", 0, script, "", [], threads)[1], 1)
+        write(results)
+
+
+def write(results):
+    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Draws --log files as learning curves: mean over the seeds as a line, their range as a band; in the legend the evaluations' means.
+"""Draws --log files as learning curves in one picture: for each label the mean of its files as a line, their range as a band.
 
-uv run tests/plot.py OUT.png "GRPO=grpo-*.jsonl" "PPO=ppo-*.jsonl"              a panel each
-uv run tests/plot.py OUT.png --together "mean=mean-*.jsonl" "none=none-*.jsonl"  one panel for all
+uv run tests/plot.py OUT.png "my run=log.jsonl"
+uv run tests/plot.py OUT.png --metric kl "beta 0.04=a-*.jsonl" "beta 0.4=b-*.jsonl"
+
+In the legend, the mean of the evaluations before and after.
 """
 
 import argparse
@@ -14,35 +16,26 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NAMES = {  # the first of these that a log has is drawn; the name of its axis
-    "reward": "mean reward of the batch (sampled)",
-    "margin": "mean margin of the pairs",
-    "loss": "cross-entropy, nats per token",
-}
+plt.rcParams |= {"font.size": 14, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+plt.rcParams |= {"grid.alpha": 0.3, "savefig.dpi": 120, "savefig.facecolor": "white", "lines.linewidth": 2.2}
+COLORS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#8e63b5", "#999999"]
+NAMES = {"reward": "mean reward of the batch", "margin": "mean margin of the pairs", "loss": "loss"}
 
 
-def read(pattern):
-    """The step records and the evaluations of each file that fits the pattern."""
+def read(pattern, metric):
+    """The metric at each step, and the evaluations, of each file that fits the pattern."""
     paths = sorted(glob.glob(pattern))
     assert paths, f"no file fits {pattern}"
-    runs = [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in paths]
-    # SFT before GRPO has steps, too; those of the last phase are drawn.
-    phases = [next((r.get("phase") for r in reversed(run) if "eval" not in r), None) for run in runs]
-    steps = [[r for r in run if "eval" not in r and r.get("phase") == p] for run, p in zip(runs, phases)]
-    return steps, [[r["eval"] for r in run if "eval" in r] for run in runs]
-
-
-def draw(axes, pattern, color):
-    """One series into one panel; gives the name of the y axis and, of the evaluations, 'accuracy 0.25 → 1.00'."""
-    steps, evaluations = read(pattern)
-    key = next(key for key in NAMES if key in steps[0][0])
-    curves = list(zip(*[[r[key] for r in run] for run in steps]))  # for each step the values of the seeds
-    (line,) = axes.plot([sum(c) / len(c) for c in curves], color=color)
-    low, high = [min(c) for c in curves], [max(c) for c in curves]
-    axes.fill_between(range(len(curves)), low, high, color=color, alpha=0.2, linewidth=0)
-    score = "reward"
-    means = [sum(e[score] for e in times) / len(times) for times in zip(*evaluations)]
-    return NAMES[key], line, f"{score} " + " → ".join(f"{mean:.2f}" for mean in means)
+    curves, evaluations = [], []
+    for path in paths:
+        records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        evaluations.append([r["eval"]["reward"] for r in records if "eval" in r])
+        steps = [r for r in records if "eval" not in r]
+        # SFT before GRPO has steps, too: those of the last phase are drawn.
+        steps = [r for r in steps if r.get("phase") == steps[-1].get("phase")]
+        metric = metric or next(name for name in NAMES if name in steps[0])
+        curves.append([r[metric] for r in steps])
+    return curves, evaluations, metric
 
 
 def main():
@@ -51,27 +44,21 @@ def main():
     )
     parser.add_argument("out")
     parser.add_argument("series", nargs="+", metavar="LABEL=GLOB")
-    parser.add_argument("--together", action="store_true")
+    parser.add_argument("--metric", help="a name in the log; without it reward, margin or loss")
     args = parser.parse_args()
-    columns = 1 if args.together else len(args.series)
-    width = 7.5 if args.together else 2.9 * columns
-    figure, panels = plt.subplots(1, columns, figsize=(width, 3.4), squeeze=False, layout="constrained")
-    lines, labels = [], []
-    for i, series in enumerate(args.series):
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for color, series in zip(COLORS, args.series):
         label, pattern = series.split("=", 1)
-        axes = panels[0][0 if args.together else i]
-        name, line, scores = draw(axes, pattern, f"C{i}")
-        lines.append(line)
-        labels.append(f"{label}: {scores}")
-        axes.set(xlabel="step", ylabel=name)
-        axes.set_ylim(0, 1.02 if "reward" in name else None)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        if not args.together:
-            axes.set_title(f"{label}\n{scores} (greedy)", fontsize=9)
-    if args.together:
-        axes.legend(lines, labels, title="evaluation, greedy", frameon=False, loc="lower right", fontsize=9)
-    figure.savefig(args.out, dpi=130)
+        curves, evaluations, metric = read(pattern, args.metric)
+        steps = list(zip(*curves))  # for each step the values of the files
+        means = [sum(times) / len(times) for times in zip(*evaluations)]
+        label += ": " + " → ".join(f"{mean:.2f}" for mean in means)
+        axes.plot([sum(values) / len(values) for values in steps], color=color, label=label)
+        low, high = [min(values) for values in steps], [max(values) for values in steps]
+        axes.fill_between(range(len(steps)), low, high, color=color, alpha=0.18, linewidth=0)
+    axes.set(xlabel="step", ylabel=NAMES.get(metric, metric))
+    axes.legend(title="reward when evaluated", frameon=False, fontsize=12, title_fontsize=12)
+    figure.savefig(args.out)
 
 
 if __name__ == "__main__":

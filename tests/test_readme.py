@@ -1,0 +1,198 @@
+"""What the READMEs say of the code is so: catches a flag that was renamed, a default, a formula or a diff that changed, a result that was
+measured on other code than the table tells, a link to nowhere, and a README that grows.
+"""
+
+import importlib
+import json
+import re
+import subprocess
+
+import measure
+import pytest
+from conftest import PRESENT, ROOT, patched
+
+README = (ROOT / "README.md").read_text()
+EVIDENCE = (ROOT / "tests/README.md").read_text()
+RESULTS = json.loads((ROOT / "tests/results.json").read_text())
+LEXICAL = ("reinforce", "rloo")
+NOT_OURS = {"--3way", "--resolution", "--isolated", "--label", "--write", "--nproc-per-node"}
+
+
+def args_of(script):
+    return importlib.import_module(script).Args()
+
+
+def changed_lines(*command):
+    out = subprocess.run(["diff", *command], cwd=ROOT, capture_output=True, text=True).stdout
+    return [line for line in out.splitlines() if line[:1] in "<>"]
+
+
+def evaluations(name, score, which=-1):
+    """One number per seed: before (0), after (-1)."""
+    return [run[which][score] for run in RESULTS[name]["evaluations"]]
+
+
+def span(numbers, digits=2):
+    low, high = (f"{number:.{digits}f}" for number in (min(numbers), max(numbers)))
+    return low if low == high else f"{low} to {high}"
+
+
+def rows(text):
+    """Each row of the tables as its cells."""
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
+    ]
+
+
+def test_it_stays_short():
+    words = [word for word in README.split() if re.search(r"\w", word)]  # the bars of a table are none
+    assert len(README.splitlines()) <= 260 and len(words) <= 2600
+
+
+@pytest.mark.parametrize("text", [README, EVIDENCE], ids=["README", "tests/README"])
+def test_flags_exist(text):
+    known = {f"--{name.replace('_', '-')}" for script in PRESENT for name in vars(args_of(script))}
+    named = {flag.rstrip("-") for flag in re.findall(r"--[a-z0-9][a-z0-9_-]*", text)}
+    assert named - known - NOT_OURS <= {"--help"}
+
+
+@pytest.mark.parametrize("folder, text", [(".", README), ("tests", EVIDENCE)], ids=["README", "tests/README"])
+def test_links_and_commands_lead_somewhere(folder, text):
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(targets) > 10
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = ROOT / folder / path if path else ROOT / folder / "README.md"
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles], target
+    for path in re.findall(r"(?:uv run|python) ([\w/]+\.py)", text):
+        assert (ROOT / path).exists() or path == "dr_grpo.py", path
+
+
+def test_changed_lines():
+    listed = [cells for cells in rows(README) if cells[0].startswith("`diff ")]
+    assert len(listed) == 6
+    for command, number, *_ in listed:
+        assert len(changed_lines(*command.strip("`").split()[1:])) == int(number), command
+
+
+def test_formulas_are_those_of_the_code():
+    docstrings = {
+        line.strip() for script in PRESENT for line in importlib.import_module(script).__doc__.splitlines()
+    }
+    methods = README.split("## The methods")[1].split("\n## ")[0]
+    formulas = re.findall(r"^    (.+)$", methods, re.MULTILINE)
+    assert len(formulas) == 15 and set(formulas) <= docstrings, set(formulas) - docstrings
+
+
+def test_the_diff_is_the_variants(tmp_path):
+    path = patched("dr_grpo", tmp_path)
+    out = subprocess.run(
+        ["diff", "-U0", "minimal_grpo.py", path], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert "\n".join(out.splitlines()[2:]) in README
+
+
+def test_the_shown_output(main, capsys):
+    """Of a first step: the same lines, the same names in the same order. Numbers may differ between machines."""
+    main("minimal_grpo.py --steps 1 --max-new-tokens 12")
+    printed = capsys.readouterr().out.splitlines()
+    shown = re.findall(r"^    (.+)$", README.split("Shortened output:")[1], re.MULTILINE)[:10]
+
+    def names(line):
+        return re.findall(r"[a-z_]+(?= [\d.-]+)", line.split("'")[0])
+
+    assert printed[:3] == shown[:3]
+    assert names(printed[3]) == names(shown[3]) and len(names(shown[3])) == 7
+    assert all(names(line) == names(shown[3]) for line in shown if line.startswith("step"))
+
+
+@pytest.mark.parametrize("script", PRESENT)
+def test_results_of_the_eight(script):
+    (cells,) = [cells for cells in rows(README) if cells[0].startswith(f"[{script}.py]")][:1]
+    score = "ttr" if script in LEXICAL else "reward"
+    assert len(RESULTS[script]["evaluations"]) == (3 if script.startswith("gsm8k") else 5)
+    assert cells[-3:] == [
+        span(evaluations(script, score, 0)),
+        span(evaluations(script, score)),
+        f"{RESULTS['seconds'][script]:.0f}",
+    ]
+
+
+def test_results_of_the_baselines():
+    def mean_and_std(numbers, digits):
+        mean = sum(numbers) / len(numbers)
+        std = (sum((x - mean) ** 2 for x in numbers) / (len(numbers) - 1)) ** 0.5
+        return f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+    for label, name in {
+        "none": "reinforce-none",
+        "mean": "reinforce-mean",
+        "ema": "reinforce-ema",
+        "scst": "reinforce-scst",
+        "mean, no penalty": "reinforce-gamed",
+        "`rloo.py`": "rloo",
+    }.items():
+        (cells,) = [cells for cells in rows(README) if cells[0] == label]
+        wanted = [mean_and_std(evaluations(name, score), 2) for score in ("ttr",)]
+        wanted += [mean_and_std(evaluations(name, "words"), 0), f"{sum(RESULTS[name]['grad_norm']) / 5:.0f}"]
+        assert cells[1:] == wanted, label
+
+
+def test_results_in_sentences():
+    words = [round(x, 1) for x in evaluations("gamed", "words")]
+    assert "ended at {:g}, {:g} and {:g} words".format(*words) in README
+    before, after = span(evaluations("yours", "reward", 0)), evaluations("yours", "reward")
+    assert f"{before} to {', '.join(f'{x:.2f}' for x in after)}" in README
+
+
+def test_results_of_the_exercises():
+    """What is hidden behind each exercise names the accuracy (or ratio and words) of each seed as measured."""
+    exercises = README.split("## Exercises")[1].split("\n## ")[0]
+    for name in measure.EXERCISES:
+        scores = (
+            ("ttr",) if "shifted" in name else ("reward", "right") if name == "tags_only" else ("reward",)
+        )
+        for score in scores:
+            listed = ", ".join(f"{x:.2f}" for x in evaluations(f"exercise-{name}", score))
+            assert listed in exercises, f"{name}: {score} {listed}"
+
+
+def test_results_of_gsm8k():
+    for script in ("gsm8k_grpo", "gsm8k_sft_grpo"):
+        (cells,) = [cells for cells in rows(EVIDENCE) if cells[0] == f"`{script}.py`" and len(cells) == 4]
+        for which, cell in ((0, cells[1]), (-1, cells[3])):
+            pairs = zip(evaluations(script, "reward", which), evaluations(script, "lenient", which))
+            assert cell == ", ".join(dict.fromkeys(f"{a:.3f} / {b:.3f}" for a, b in pairs))
+
+
+def test_defaults():
+    """The flags of tests/README's table, with their defaults in the order of the scripts that it names."""
+    for cells in rows(EVIDENCE.split("## The defaults, and why")[1].split("\n## ")[0])[2:]:
+        for flag, values in re.findall(r"`(--[a-z-]+)`((?: [\d.e-]+,?)*)", cells[0]):
+            name = flag[2:].replace("-", "_")
+            defaults = {getattr(args_of(s), name) for s in PRESENT if name in vars(args_of(s))}
+            assert not values or {float(v) for v in values.replace(",", "").split()} == defaults, flag
+
+
+def test_plot_draws_what_log_wrote(monkeypatch, tmp_path):
+    """The last phase of two runs, their mean and their evaluations."""
+    plot = pytest.importorskip("plot")
+    for seed, reward in enumerate((0.2, 0.4)):
+        records = [
+            {"step": 0, "phase": "base", "eval": {"reward": reward}},
+            {"step": 0, "phase": "sft", "loss": 1},
+        ]
+        records += [{"step": step, "phase": "grpo", "reward": reward + step / 10} for step in range(3)]
+        records += [{"step": 3, "phase": "grpo", "eval": {"reward": 1.0}}]
+        (tmp_path / f"{seed}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    curves, evaluations, metric = plot.read(str(tmp_path / "*.jsonl"), None)
+    assert metric == "reward" and evaluations == [[0.2, 1.0], [0.4, 1.0]]
+    assert curves == [pytest.approx([0.2, 0.3, 0.4]), pytest.approx([0.4, 0.5, 0.6])]
+    monkeypatch.setattr("sys.argv", ["plot.py", str(tmp_path / "out.png"), f"mine={tmp_path}/*.jsonl"])
+    plot.main()
+    assert (tmp_path / "out.png").stat().st_size > 10_000
