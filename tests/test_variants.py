@@ -559,6 +559,6 @@ def test_readme_is_written_from_the_diffs(monkeypatch, tmp_path):
     monkeypatch.setattr(make_variants, "FOLDER", tmp_path / "variants")
     make_variants.write()
     for path in (ROOT / "tests/variants").iterdir():
-        assert (tmp_path / "variants" / path.name).read_text() == path.read_text(), path.name
+        assert (tmp_path / "variants" / path.name).read_bytes() == path.read_bytes(), path.name
     readme = (ROOT / "tests/variants/README.md").read_text()
     assert all(f"| [{diff.stem}](#{diff.stem}) |" in readme for diff in VARIANTS)
