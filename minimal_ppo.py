@@ -7,7 +7,7 @@
     token reward = -beta * (old_logp - ref_logp), plus the completion's reward on its last token
     delta[t] = token reward[t] + gamma * value[t + 1] - value[t]
     advantage[t] = delta[t] + gamma * lam * advantage[t + 1], then normalized over the batch
-    return[t] = advantage[t] + value[t], before that
+    return[t] = advantage[t] + value[t], before the advantages are normalized
     ratio = exp(logp - old_logp)
     surrogate = min(ratio * advantage, clip(ratio, 1 - epsilon, 1 + epsilon) * advantage)
     loss = mean over all completion tokens of (-surrogate + (value - return)^2 / 2)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +26,12 @@ os.chdir(ROOT)
 
 import minimal_grpo
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+warnings.filterwarnings("ignore")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 RUNS = 5
 DEVICE = minimal_grpo.DEVICE
@@ -212,14 +218,14 @@ def profile(model, tokenizer, batches=10):
 def peak_memory(folder, size):
     """MiB at most while gsm8k_grpo.py takes a step on 16 completions of 128 tokens; on a CPU of the whole process."""
     flags = "--steps 1 --eval-size 1 --batch-size 2 --max-new-tokens 128".split()
-    run = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    run += "; print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    run = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    run += "; print(open('/proc/self/status').read())"  # ru_maxrss would begin with this process's own
     flags += ["--model", folder, "--dataset", "tests/tiny-gsm8k", "--micro-batch-size", str(size)]
     command = [sys.executable, "-c", run, "gsm8k_grpo.py", *flags]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if DEVICE == "cuda":
         return 1024 * float(out.split("peak GPU memory: ")[1].split()[0])
-    return float(out.split("peak ")[1])
+    return float(out.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def main():
@@ -244,9 +250,9 @@ def main():
         sampling(name, large, tokenizer)
     with contextlib.suppress(ImportError), tempfile.TemporaryDirectory() as folder:
         shared, each = shared_prompts(folder), []
-        for group_size in (4, 8, 16, 32):
+        for group_size, rounds in ((4, 2), (8, 5), (16, 2), (32, 2)):
             ours, ours_shared, theirs = [], [], []
-            for _ in range(2):  # in turn; the medians are over 2 x 3 batches
+            for _ in range(rounds):  # in turn; the medians are over three batches per round
                 ours += ours_grpo("minimal_grpo.py", 4, group_size)
                 ours_shared += ours_grpo(shared, 4, group_size)
                 theirs += their_grpo(4, group_size)

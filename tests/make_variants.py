@@ -24,7 +24,7 @@ SEEDS = range(3)
 INTRO = """\
 # Variants, each as a diff
 
-Most newer algorithms are a few changed lines of one of the eight scripts. Here each of them is a patch, with the reason for it, its paper, and what
+Most newer algorithms are a few dozen changed lines of one of the eight scripts. Here each of them is a patch, with the reason for it, its paper, and what
 was measured. The patched file is complete: docstring, formula, flags and help are its own.
 
     cp minimal_grpo.py dr_grpo.py && patch dr_grpo.py tests/variants/dr_grpo.diff && uv run dr_grpo.py
@@ -34,20 +34,20 @@ was measured. The patched file is complete: docstring, formula, flags and help a
 Before and after: greedy accuracy (`actor_critic`: type-token ratio) on the bundled models with default flags, seeds 0 to 2. Seconds are
 those of the whole process, with one thread each and two processes at a time. `uv run tests/make_variants.py` measures all of it and writes this page.
 
-These numbers show that the code learns; they do not rank the methods. With two updates per batch, every ratio is near 1, and there most
-of these losses have the same gradient but for a constant, so their curves look alike.
+These numbers show that the code learns; they do not rank the methods. With two updates per batch, most ratios are near 1, and
+there most of the policy-gradient losses agree up to a constant factor, so their curves look alike.
 
-## Where they part: eight updates per batch
+## Where they differ: eight updates per batch
 
 ![Reward by step of GRPO, Dr. GRPO, GSPO, CISPO and SAPO with eight updates per batch](epochs.png)
 
-With `--update-epochs 8`, the last updates of a batch are far off policy, and it shows how each loss holds them back. Five seeds, default flags
+With `--update-epochs 8`, the last updates of a batch are far off policy, which shows how each loss restrains them. Five seeds, default flags
 otherwise; of the five losses, only GRPO's has a KL penalty by default.
 
 - GRPO and Dr. GRPO end at 0.98 to 1.00, as with two updates. GSPO (0.99 to 1.00) is the steadiest and the slowest at first: its clip range is so narrow that 0.40 to
   0.44 of the tokens are held back in the last update of a batch.
-- CISPO and SAPO have no hard clip that switches a token off. They learn the most in the first three steps; then the reward of single batches
-  falls back to as little as 0.16, and they end at 0.82 to 0.97 and 0.86 to 0.96.
+- CISPO and SAPO have no hard clip that switches a token off. They learn the most in the first three steps; then the reward of some batches drops
+  as low as 0.16, and they end at 0.82 to 0.97 and 0.86 to 0.96.
 - This is one easy task, one learning rate and a tiny model; both methods were made for large models and few updates per batch, and we did not tune them for this.
 
 Made by
