@@ -146,7 +146,7 @@ def test_results_of_the_baselines():
 
 def test_results_in_sentences():
     words = [round(x, 1) for x in evaluations("gamed", "words")]
-    assert "ended at {:g}, {:g} and {:g} words".format(*words) in README
+    assert "averaged {:g}, {:g} and {:g} words".format(*words) in README
     before, after = span(evaluations("yours", "reward", 0)), evaluations("yours", "reward")
     assert f"{before} to {', '.join(f'{x:.2f}' for x in after)}" in README
 
