@@ -147,7 +147,7 @@ REWARD = {
 @pytest.mark.parametrize("script", RL)
 def test_a_reward_may_be_any_number(main, capsys, tmp_path, script):
     """An int, a bool, negative, above 1; and whatever else score returns is in the evaluation, in the step line and in the log."""
-    value = "[len(text), True, -2.5, 3][len(text) % 4]"
+    value = "[len(text), True, -2, 3][len(text) % 4]"
     own = REWARD[script].replace('"reward": ', f'"twice": 2 * {value}, "reward": {value}, "old": ')
     path = copy_with(script, tmp_path, REWARD[script], own)
     flags = " ".join(quick(script).split()[1:])
@@ -156,7 +156,7 @@ def test_a_reward_may_be_any_number(main, capsys, tmp_path, script):
     first, *_, step, last = records(tmp_path / "log")
     for numbers in (first["eval"], step, last["eval"]):
         assert numbers["twice"] == pytest.approx(2 * numbers["reward"])
-    values = [[len(text), True, -2.5, 3][len(text) % 4] for text in g["texts"]]
+    values = [[len(text), True, -2, 3][len(text) % 4] for text in g["texts"]]
     assert step["reward"] == pytest.approx(sum(values) / len(values))
     assert g["rewards"].dtype == torch.float32 and g["rewards"].tolist() == values
     assert out.count(f"twice {step['twice']:.4g}") >= 1 and out.count("twice ") >= 3
