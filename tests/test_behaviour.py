@@ -282,10 +282,11 @@ def interrupted(script, tmp_path, *more):
     return process.returncode, out, records(tmp_path / "log")
 
 
-def test_ctrl_c_finishes_the_step_saves_and_evaluates(tmp_path):
-    code, out, log = interrupted("gsm8k_sft_grpo", tmp_path)
+@pytest.mark.parametrize("script", GSM8K)
+def test_ctrl_c_finishes_the_step_saves_and_evaluates(tmp_path, script):
+    code, out, log = interrupted(script, tmp_path)
     assert code == 0 and "Traceback" not in out and "Ctrl-C" in out
-    assert "eval" in log[-1] and log[-1]["step"] == len(steps_of(log, "gsm8k_sft_grpo")) > 0
+    assert "eval" in log[-1] and log[-1]["step"] == len(steps_of(log, script)) > 0
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
