@@ -48,7 +48,7 @@ otherwise; of the five losses, only GRPO's has a KL penalty by default.
   0.44 of the tokens are held back in the last update of a batch.
 - CISPO and SAPO have no hard clip that switches a token off. They learn the most in the first three steps; then the reward of some batches drops
   as low as 0.16, and they end at 0.82 to 0.97 and 0.86 to 0.96.
-- This is one easy task, one learning rate and a tiny model; both methods were made for large models and few updates per batch, and we did not tune them for this.
+- This is one easy task, one learning rate and a tiny model, and nothing was tuned for any of the five.
 
 Made by
 
