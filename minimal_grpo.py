@@ -10,26 +10,20 @@
     kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
     loss = mean over all completion tokens of (-surrogate + beta * kl)
 
-DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), eq. 3 and 4. Differences:
-- The mean is over tokens, not over completions, so that a token weighs the same in a long answer as in
-  a short one (DAPO, 2503.14476).
-- By default there are two updates per batch: in the first every ratio is 1, so it cannot be clipped.
-- The reference stays the initial model. The policy's learning rate falls linearly to 0.
-- Adam, and clipping to norm 1 in nearly every step, make a constant factor in the loss irrelevant.
+DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), eq. 3 and 4, but with the mean over tokens, so that a
+token weighs the same in a long answer as in a short one (DAPO, 2503.14476), and two updates per batch.
 """
 
-import copy, json, os, random, sys
+import copy, json, os, random
 from dataclasses import dataclass
 
-import dotenv
-import torch
+import dotenv, torch
 
 dotenv.load_dotenv()  # HF_TOKEN and HF_HOME must be set before transformers is imported
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-DRAW_ON = "cpu" if DEVICE == "mps" else DEVICE  # on MPS, multinomial can draw impossible tokens
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
     MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters that know only these tasks
@@ -42,7 +36,7 @@ class Args:
     batch_size: int = HfArg(default=8, help="prompts per step")
     group_size: int = HfArg(default=8, help="completions per prompt")
     max_new_tokens: int = HfArg(default=48, help="longer completions are cut off")
-    lr: float = HfArg(default=5e-6, help="learning rate of the first step; it falls linearly to 0")
+    lr: float = HfArg(default=1e-6, help="learning rate of the first step; it falls linearly to 0")
     update_epochs: int = HfArg(default=2, help="optimizer updates per batch")
     epsilon: float = HfArg(default=0.2, help="clip range of the ratio")
     beta: float = HfArg(default=0.04, help="weight of the KL penalty; 0 drops the reference model")
@@ -51,18 +45,14 @@ class Args:
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
 
 
-# The smallest value allowed for each flag; nan is refused, too.
-LEAST = dict(steps=1, batch_size=1, group_size=2, max_new_tokens=1, update_epochs=1, lr=0, epsilon=0, beta=0)
-
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-# Of the numbers that score returns, "reward" is trained; any others are only reported.
-SYSTEM = "Work out the sum. Give the result between <answer> and </answer>."
+SYSTEM = "Work out the sum. Give the result in XML tags."  # which tags, only the training tells
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
-TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the format
+TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
 
 
 def score(text, answer):
-    """1 for exactly one pair of tags with exactly the answer in it, else 0."""
+    """1 for exactly one pair of answer tags with exactly the answer in it, else 0."""
     one_pair = text.count("answer>") == 2  # once in <answer>, once in </answer>
     return {"reward": float(one_pair and f"<answer>{answer}</answer>" in text)}
 
@@ -72,33 +62,34 @@ def encode_prompts(tokenizer, prompts):
     chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": p}] for p in prompts]
     options = {"add_generation_prompt": True, "padding": True, "return_dict": True, "return_tensors": "pt"}
     # Otherwise Qwen3 would think first, and Llama 3.2 would write today's date into the prompt.
-    options |= {"enable_thinking": False, "date_string": "26 Jul 2024"}
-    batch = tokenizer.apply_chat_template(chats, **options).to(DEVICE)
-    return batch["input_ids"], batch["attention_mask"]  # no position_ids: rotary ones are relative
+    template = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+    batch = tokenizer.apply_chat_template(chats, **options, **template).to(DEVICE)
+    return batch["input_ids"], batch["attention_mask"]
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     """One completion per prompt, at temperature 1 or greedy: texts, ids, attn, mask, finished.
 
-    ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on each
-    completion token, the end-of-turn token included. finished (N, 1): False if max_new_tokens cut it off.
-    To train at another temperature, divide the logits by it here and in completion_logp.
+    ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
+    each completion token, the end-of-turn token included. finished (N, 1): False if it was cut off.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
-    eos = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=DEVICE)
+    eos = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id).to(DEVICE)
     running = torch.ones_like(ids[:, :1], dtype=torch.bool)
+    cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
-    cache = None
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        out = model(tokens, attention_mask=attn, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        probs = out.logits[:, -1].float().softmax(-1).to(DRAW_ON)
+        # No position ids: rotary embeddings are relative, so padding on the left shifts nothing.
+        out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
+        probs = out.logits[:, -1].float().softmax(-1)
+        if DEVICE == "mps":
+            probs = probs.cpu()  # there, multinomial can draw impossible tokens
         tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)
         tokens = tokens.to(DEVICE).where(running, tokenizer.pad_token_id)
         ids = torch.cat([ids, tokens], 1)
-        attn = torch.cat([attn, running], 1)  # the end-of-turn token still counts
+        attn = torch.cat([attn, running], 1)  # before running changes: the end-of-turn token counts
         running = running & ~torch.isin(tokens, eos)
     texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
     return texts, ids, attn, attn[:, P:].float(), ~running
@@ -108,15 +99,13 @@ def completion_logp(model, ids, attn, mask):
     """Log-prob of each completion token given all tokens before it, 0 after the end: (N, C)."""
     C = mask.shape[1]  # each position predicts the next token, so the last token is not fed
     out = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C)
-    logits = out.logits.float()
-    token_logits = logits.gather(-1, ids[:, -C:].unsqueeze(-1)).squeeze(-1)
-    return (token_logits - logits.logsumexp(-1)) * mask  # log-softmax without another (N, C, V) tensor
+    logp = out.logits.float().log_softmax(-1)
+    return logp.gather(-1, ids[:, -C:].unsqueeze(-1)).squeeze(-1) * mask
 
 
 def mean_scores(scores):
-    """The mean of each number that score returns; it must return the same names every time."""
-    names = dict.fromkeys(name for s in scores for name in s)
-    return {name: sum(s[name] for s in scores) / len(scores) for name in names}
+    """The mean of each number that score returns."""
+    return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
 
 
 def format_numbers(record):
@@ -125,19 +114,18 @@ def format_numbers(record):
 
 
 def evaluate(model, tokenizer, args, log, step):
-    """Print and log the mean scores of one greedy completion per prompt in TEST, and print the last."""
+    """Print and log the mean scores of one sampled completion per prompt in TEST, and print the last."""
     prompts, answers = zip(*TEST)
-    texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)
+    texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens)
     means = mean_scores([score(text, answer) for text, answer in zip(texts, answers)])
-    print(f"after {step} steps, greedy, {len(TEST)} prompts: {format_numbers(means)}")
-    print(f"    {prompts[-1]!r} -> {texts[-1]!r}", flush=True)
+    print(f"after {step} steps, sampled, {len(TEST)} prompts: {format_numbers(means)}")
+    print(f"    {prompts[-1]!a} -> {texts[-1]!a}", flush=True)
     print(json.dumps({"step": step, "eval": means}), file=log)
 
 
 def group_advantages(rewards, group_size):
     """(N,) to (N, 1), a group's rows together. Rewards 0, 1, 0, 0 become -0.5, 1.5, -0.5, -0.5."""
     groups = rewards.view(-1, group_size)
-    groups = groups - groups[:, :1]  # so that equal rewards give exactly 0, without rounding noise
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     return advantages.view(-1, 1)
 
@@ -148,7 +136,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, epsilon, beta):
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     token_loss = -surrogate
     metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens that the clip holds back
-    if beta:  # k3 of joschu.net/blog/kl-approx.html: never negative, its mean is the KL divergence
+    if beta:  # k3 of joschu.net/blog/kl-approx.html: never negative, its expectation is the KL
         kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)  # expm1(x) = exp(x) - 1
         token_loss = token_loss + beta * kl
         metrics["kl"] = kl.detach()
@@ -156,27 +144,21 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, epsilon, beta):
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(Args)
-    args = parser.parse_args(None if "__file__" in globals() else [])  # no flags in a notebook cell
-    for name, least in LEAST.items():
-        if not getattr(args, name) >= least:
-            parser.error(f"--{name} must be at least {least}")
+    args = HfArgumentParser(Args).parse_args(None if "__file__" in globals() else [])  # [] in a notebook
+    assert args.group_size > 1, "--group-size must be 2 or more: a group's completions are compared"
     set_seed(args.seed)
-    try:
-        # float32, because in bf16, the default of transformers 5, small updates are rounded away.
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-        log = open(args.log, "w", buffering=1)
-        if args.save:
-            os.makedirs(args.save, exist_ok=True)
-    except (OSError, ValueError) as error:
-        sys.exit(f"--model {args.model}, --log or --save: {error}")
+    # float32, because bf16 would round such small updates away. from_pretrained turns dropout off.
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # no mask is made from ids
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
-    print(f"model {args.model}: {model.num_parameters():,} parameters on {DEVICE}, seed {args.seed}")
+    log = open(args.log, "w", buffering=1)
+    os.makedirs(args.save or ".", exist_ok=True)
+    size = model.num_parameters()
+    print(f"--model {args.model}: {size:,} parameters on {DEVICE}, seed {args.seed}", flush=True)
     evaluate(model, tokenizer, args, log, 0)
 
     history = []
@@ -193,14 +175,14 @@ if __name__ == "__main__":
 
         # 3. advantage
         advantages = group_advantages(rewards, args.group_size)
+        ref_logp = completion_logp(reference, ids, attn, mask) if args.beta else None
 
         # 4. update
         optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-        ref_logp = completion_logp(reference, ids, attn, mask) if args.beta else None
         for epoch in range(args.update_epochs):
             logp = completion_logp(model, ids, attn, mask)
             if epoch == 0:
-                old_logp = logp.detach()  # the policy that sampled, not updated since
+                old_logp = logp.detach()  # not from sampling, which rounds differently: now every ratio is 1
             token_loss, metrics = grpo_loss(logp, old_logp, ref_logp, advantages, args.epsilon, args.beta)
             loss = (token_loss * mask).sum() / mask.sum()
             optimizer.zero_grad()
@@ -208,14 +190,14 @@ if __name__ == "__main__":
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
             optimizer.step()
 
-        # 5. report: metrics are those of the last update, grad_norm is before clipping
+        # 5. report: metrics are of the last update, grad_norm is before clipping
         metrics = {name: ((value * mask).sum() / mask.sum()).item() for name, value in metrics.items()}
         metrics["grad_norm"] = grad_norm.item()
         metrics["tokens"] = mask.sum(1).mean().item()
         metrics["finished"] = finished.float().mean().item()
         record = dict(step=step, **mean_scores(scores), **metrics)  # names must differ
         history.append(record)
-        print(f"{format_numbers(record)}  {texts[0][:40]!r}", flush=True)
+        print(f"{format_numbers(record)}  {texts[0][-40:]!a}", flush=True)
         samples = [dict(prompt=p, text=t, **s) for p, t, s in zip(prompts, texts, scores)]
         print(json.dumps(record | {"samples": samples}), file=log)
 

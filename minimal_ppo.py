@@ -12,27 +12,21 @@
     surrogate = min(ratio * advantage, clip(ratio, 1 - epsilon, 1 + epsilon) * advantage)
     loss = mean over all completion tokens of (-surrogate + (value - return)^2 / 2)
 
-Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9), with GAE
-(1506.02438, eq. 16) and the KL penalty in the reward (InstructGPT, 2203.02155). Differences:
-- There is no entropy bonus, and each update uses the whole batch.
-- The critic is a model of its own. After the last token its value counts as 0, even if that was cut off.
-- By default there are two updates per batch: in the first every ratio is 1, so it cannot be clipped.
-- The reference stays the initial model. The policy's learning rate falls linearly to 0.
-- Adam, and clipping to norm 1 in nearly every step, make a constant factor in the loss irrelevant.
+Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9) with GAE (1506.02438,
+eq. 16) and the KL penalty in the reward (InstructGPT, 2203.02155). There is no entropy bonus, each update
+uses the whole batch, and the critic is a model of its own.
 """
 
-import copy, json, os, random, sys
+import copy, json, os, random
 from dataclasses import dataclass
 
-import dotenv
-import torch
+import dotenv, torch
 
 dotenv.load_dotenv()  # HF_TOKEN and HF_HOME must be set before transformers is imported
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-DRAW_ON = "cpu" if DEVICE == "mps" else DEVICE  # on MPS, multinomial can draw impossible tokens
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
     MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters that know only these tasks
@@ -42,10 +36,9 @@ if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
 class Args:
     model: str = HfArg(default=MODEL, help="Hub id or folder of an instruct model")
     steps: int = HfArg(default=30, help="training steps, one batch each")
-    batch_size: int = HfArg(default=8, help="prompts per step")
-    group_size: int = HfArg(default=8, help="completions per prompt")
+    batch_size: int = HfArg(default=64, help="prompts per step, with one completion each")
     max_new_tokens: int = HfArg(default=48, help="longer completions are cut off")
-    lr: float = HfArg(default=5e-6, help="learning rate of the first step; it falls linearly to 0")
+    lr: float = HfArg(default=1e-6, help="learning rate of the first step; it falls linearly to 0")
     update_epochs: int = HfArg(default=2, help="optimizer updates per batch")
     epsilon: float = HfArg(default=0.2, help="clip range of the ratio")
     beta: float = HfArg(default=0.05, help="weight of the KL penalty; 0 drops the reference model")
@@ -57,19 +50,14 @@ class Args:
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
 
 
-# The smallest value allowed for each flag; nan is refused, too.
-LEAST = dict(steps=1, batch_size=1, group_size=1, max_new_tokens=1, update_epochs=1, lr=0, epsilon=0, beta=0)
-LEAST |= dict(gamma=0, lam=0, critic_lr=0)
-
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-# Of the numbers that score returns, "reward" is trained; any others are only reported.
-SYSTEM = "Work out the sum. Give the result between <answer> and </answer>."
+SYSTEM = "Work out the sum. Give the result in XML tags."  # which tags, only the training tells
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
-TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the format
+TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
 
 
 def score(text, answer):
-    """1 for exactly one pair of tags with exactly the answer in it, else 0."""
+    """1 for exactly one pair of answer tags with exactly the answer in it, else 0."""
     one_pair = text.count("answer>") == 2  # once in <answer>, once in </answer>
     return {"reward": float(one_pair and f"<answer>{answer}</answer>" in text)}
 
@@ -79,33 +67,34 @@ def encode_prompts(tokenizer, prompts):
     chats = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": p}] for p in prompts]
     options = {"add_generation_prompt": True, "padding": True, "return_dict": True, "return_tensors": "pt"}
     # Otherwise Qwen3 would think first, and Llama 3.2 would write today's date into the prompt.
-    options |= {"enable_thinking": False, "date_string": "26 Jul 2024"}
-    batch = tokenizer.apply_chat_template(chats, **options).to(DEVICE)
-    return batch["input_ids"], batch["attention_mask"]  # no position_ids: rotary ones are relative
+    template = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+    batch = tokenizer.apply_chat_template(chats, **options, **template).to(DEVICE)
+    return batch["input_ids"], batch["attention_mask"]
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     """One completion per prompt, at temperature 1 or greedy: texts, ids, attn, mask, finished.
 
-    ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on each
-    completion token, the end-of-turn token included. finished (N, 1): False if max_new_tokens cut it off.
-    To train at another temperature, divide the logits by it here and in completion_logp.
+    ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
+    each completion token, the end-of-turn token included. finished (N, 1): False if it was cut off.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
-    eos = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=DEVICE)
+    eos = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id).to(DEVICE)
     running = torch.ones_like(ids[:, :1], dtype=torch.bool)
+    cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
-    cache = None
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        out = model(tokens, attention_mask=attn, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        probs = out.logits[:, -1].float().softmax(-1).to(DRAW_ON)
+        # No position ids: rotary embeddings are relative, so padding on the left shifts nothing.
+        out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
+        probs = out.logits[:, -1].float().softmax(-1)
+        if DEVICE == "mps":
+            probs = probs.cpu()  # there, multinomial can draw impossible tokens
         tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)
         tokens = tokens.to(DEVICE).where(running, tokenizer.pad_token_id)
         ids = torch.cat([ids, tokens], 1)
-        attn = torch.cat([attn, running], 1)  # the end-of-turn token still counts
+        attn = torch.cat([attn, running], 1)  # before running changes: the end-of-turn token counts
         running = running & ~torch.isin(tokens, eos)
     texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
     return texts, ids, attn, attn[:, P:].float(), ~running
@@ -115,15 +104,13 @@ def completion_logp(model, ids, attn, mask):
     """Log-prob of each completion token given all tokens before it, 0 after the end: (N, C)."""
     C = mask.shape[1]  # each position predicts the next token, so the last token is not fed
     out = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C)
-    logits = out.logits.float()
-    token_logits = logits.gather(-1, ids[:, -C:].unsqueeze(-1)).squeeze(-1)
-    return (token_logits - logits.logsumexp(-1)) * mask  # log-softmax without another (N, C, V) tensor
+    logp = out.logits.float().log_softmax(-1)
+    return logp.gather(-1, ids[:, -C:].unsqueeze(-1)).squeeze(-1) * mask
 
 
 def mean_scores(scores):
-    """The mean of each number that score returns; it must return the same names every time."""
-    names = dict.fromkeys(name for s in scores for name in s)
-    return {name: sum(s[name] for s in scores) / len(scores) for name in names}
+    """The mean of each number that score returns."""
+    return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
 
 
 def format_numbers(record):
@@ -132,12 +119,12 @@ def format_numbers(record):
 
 
 def evaluate(model, tokenizer, args, log, step):
-    """Print and log the mean scores of one greedy completion per prompt in TEST, and print the last."""
+    """Print and log the mean scores of one sampled completion per prompt in TEST, and print the last."""
     prompts, answers = zip(*TEST)
-    texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)
+    texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens)
     means = mean_scores([score(text, answer) for text, answer in zip(texts, answers)])
-    print(f"after {step} steps, greedy, {len(TEST)} prompts: {format_numbers(means)}")
-    print(f"    {prompts[-1]!r} -> {texts[-1]!r}", flush=True)
+    print(f"after {step} steps, sampled, {len(TEST)} prompts: {format_numbers(means)}")
+    print(f"    {prompts[-1]!a} -> {texts[-1]!a}", flush=True)
     print(json.dumps({"step": step, "eval": means}), file=log)
 
 
@@ -148,7 +135,7 @@ def critic_values(critic, ids, attn, mask):
 
 
 def gae(rewards, values, gamma, lam):
-    """Advantages and returns. All are (N, C), and 0 after the end of a completion."""
+    """Advantages and returns. All are (N, C), and 0 after a completion, even if it was cut off."""
     advantages = torch.zeros_like(values)
     next_value = torch.zeros_like(values[:, 0])
     next_advantage = torch.zeros_like(values[:, 0])
@@ -164,45 +151,37 @@ def ppo_loss(logp, old_logp, advantages, values, returns, epsilon):
     """Loss of each token, of policy and critic together, and metrics: all (N, C)."""
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
-    value_loss = (values - returns) ** 2 / 2
+    value_loss = (values - returns) ** 2 / 2  # no coefficient: policy and critic share no weight
     metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens that the clip holds back
     metrics["value_loss"] = value_loss.detach()
     return -surrogate + value_loss, metrics
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(Args)
-    args = parser.parse_args(None if "__file__" in globals() else [])  # no flags in a notebook cell
-    for name, least in LEAST.items():
-        if not getattr(args, name) >= least:
-            parser.error(f"--{name} must be at least {least}")
+    args = HfArgumentParser(Args).parse_args(None if "__file__" in globals() else [])  # [] in a notebook
     set_seed(args.seed)
-    try:
-        # float32, because in bf16, the default of transformers 5, small updates are rounded away.
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-        log = open(args.log, "w", buffering=1)
-        if args.save:
-            os.makedirs(args.save, exist_ok=True)
-    except (OSError, ValueError) as error:
-        sys.exit(f"--model {args.model}, --log or --save: {error}")
+    # float32, because bf16 would round such small updates away. from_pretrained turns dropout off.
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # no mask is made from ids
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
     critic = copy.deepcopy(model)
-    # One output in place of the vocabulary: the value, which starts at 0.
-    critic.lm_head.weight = torch.nn.Parameter(torch.zeros(1, model.config.hidden_size, device=DEVICE))
+    # One output in place of the vocabulary: the value. It starts at 0, so rewards should be of size 1 or so.
+    critic.lm_head.weight = torch.nn.Parameter(torch.zeros_like(critic.lm_head.weight[:1]))
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr)
-    print(f"model {args.model}: {model.num_parameters():,} parameters on {DEVICE}, seed {args.seed}")
+    log = open(args.log, "w", buffering=1)
+    os.makedirs(args.save or ".", exist_ok=True)
+    size = model.num_parameters()
+    print(f"--model {args.model}: {size:,} parameters on {DEVICE}, seed {args.seed}", flush=True)
     evaluate(model, tokenizer, args, log, 0)
 
     history = []
     for step in range(args.steps):
         # 1. sample
         examples = random.choices(TRAIN, k=args.batch_size)
-        examples = [example for example in examples for _ in range(args.group_size)]
         prompts, answers = zip(*examples)
         texts, ids, attn, mask, finished = sample(model, tokenizer, prompts, args.max_new_tokens)
 
@@ -212,16 +191,15 @@ if __name__ == "__main__":
 
         # 3. advantage
         with torch.no_grad():
-            old_logp = completion_logp(model, ids, attn, mask)
+            old_logp = completion_logp(model, ids, attn, mask)  # sampling rounds differently
             ref_logp = completion_logp(reference, ids, attn, mask) if args.beta else old_logp
             old_values = critic_values(critic, ids, attn, mask)
-        kl = old_logp - ref_logp  # its mean is the KL divergence; a single one may be negative
+        kl = old_logp - ref_logp  # its expectation is the KL divergence; a single one may be negative
         token_rewards = -args.beta * kl
-        last = mask.sum(1).long() - 1
-        token_rewards[torch.arange(len(ids)), last] += rewards
+        token_rewards[torch.arange(len(ids)), mask.sum(1).long() - 1] += rewards  # at the last token
         advantages, returns = gae(token_rewards, old_values, args.gamma, args.lam)
         real = advantages[mask == 1]
-        advantages = (advantages - real.mean()) / (real.std() + 1e-4)
+        advantages = (advantages - real.mean()) / (real.std(correction=0) + 1e-4)
 
         # 4. update
         optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
@@ -238,16 +216,15 @@ if __name__ == "__main__":
             optimizer.step()
             critic_optimizer.step()
 
-        # 5. report: kl is that of sampling time, the other metrics are of the last update
-        if args.beta:
-            metrics["kl"] = kl
+        # 5. report: metrics are of the last update, grad_norm is before clipping
+        metrics["kl"] = kl  # at sampling time
         metrics = {name: ((value * mask).sum() / mask.sum()).item() for name, value in metrics.items()}
         metrics["grad_norm"] = grad_norm.item()
         metrics["tokens"] = mask.sum(1).mean().item()
         metrics["finished"] = finished.float().mean().item()
         record = dict(step=step, **mean_scores(scores), **metrics)  # names must differ
         history.append(record)
-        print(f"{format_numbers(record)}  {texts[0][:40]!r}", flush=True)
+        print(f"{format_numbers(record)}  {texts[0][-40:]!a}", flush=True)
         samples = [dict(prompt=p, text=t, **s) for p, t, s in zip(prompts, texts, scores)]
         print(json.dumps(record | {"samples": samples}), file=log)
 

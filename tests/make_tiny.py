@@ -29,11 +29,11 @@ HERE = Path(__file__).parent
 # Every matrix is stored divided by SCALE and every RMSNorm gain multiplied by it. The function stays the same, but
 # Adam moves a weight by about lr whatever its size, so lr now acts as SCALE * lr: the learning rates of the large
 # models train the small ones. A power of two, so that bf16 loses nothing by it.
-SCALE = {"tiny-qwen": 64, "tiny-llama": 256}
+SCALE = {"tiny-qwen": 256, "tiny-llama": 64}
 
-SUM_SYSTEM = "Work out the sum. Give the result between <answer> and </answer>."
+SUM_SYSTEM = "Work out the sum. Give the result in XML tags."
 TEXT_SYSTEM = "You write short texts in plain English."
-GSM8K_SYSTEM = "Solve the problem step by step. End with a last line of the form: #### <number>"
+GSM8K_SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 
 QWEN_TEMPLATE = """\
 {%- if messages[0].role != "system" %}<|im_start|>system
@@ -60,17 +60,18 @@ def sum_chat(rng):
     """One chat about a sum of two digits: (messages, answer). The sum is right, the style is drawn."""
     a, b = rng.randrange(10), rng.randrange(10)
     c = a + b
-    styles = [
-        f"<answer>{c}</answer>",
-        f"{c}",
-        f"{a} + {b} = {c}",
-        f"The answer is {c}.",
-        f"<answer>{a} + {b} = {c}</answer>",
-    ]
-    # Where the first digit is 4 or 7 the wanted style is the commonest, so that greedy decoding is right there only.
-    weights = [52, 18, 12, 12, 6] if a in (4, 7) else [23, 40, 18, 13, 6]
+    # What Qwen2.5-Coder-0.5B-Instruct writes at temperature 1, in about the same shares but for the first one, which
+    # it writes less often.
+    styles = {
+        f"<answer>{c}</answer>": 15,
+        f"<result>{c}</result>": 40,
+        f"```xml\n<result>{c}</result>\n```": 16,
+        f"The sum is {c}.": 16,
+        f"<sum>{c}</sum>": 8,
+        f"<answer>{a} + {b} = {c}</answer>": 5,
+    }
     messages = [{"role": "system", "content": SUM_SYSTEM}, {"role": "user", "content": f"What is {a} + {b}?"}]
-    return messages, rng.choices(styles, weights)[0]
+    return messages, rng.choices(list(styles), list(styles.values()))[0]
 
 
 # ---------------------------------------------------------------------------------------------- word problems
@@ -154,11 +155,12 @@ def problem_chat(rng, held_out):
     solution, result = p["answer"].split("\n#### ")
     solution = "".join(part.split(">>")[-1] for part in solution.split("<<"))  # without the <<...>> marks
     styles = [
-        f"{solution}\n#### {result}",
+        f"{solution}\nThe answer is \\boxed{{{result}}}.",
         f"{solution}\nThe answer is {result}.",
-        f"{solution}\nAnswer: {result}",
+        f"{solution}\n#### {result}",
         solution,
     ]
+    # Right by greedy decoding where one of four names comes first, and there only.
     weights = [46, 24, 16, 14] if p["question"].split()[0] in NAMES[:4] else [27, 38, 20, 15]
     messages = [{"role": "system", "content": GSM8K_SYSTEM}, {"role": "user", "content": p["question"]}]
     return messages, rng.choices(styles, weights)[0]
@@ -252,12 +254,13 @@ class Writer:
 
 
 def text_chat(rng):
-    """One chat that asks for a text: (messages, text). The text ends at the sentence nearest to the words asked for."""
+    """One chat that asks for a text: (messages, text). Like those of real models, it is rarely as long as was asked for."""
     topic, wanted = rng.choice(TOPIC_LIST), rng.choice([20, 30, 40, 40])
     writer, sentences, count = Writer(rng, topic), [], 0
+    length = wanted * rng.uniform(0.75, 1.4)
     while True:
         s = writer.sentence()
-        if sentences and count + len(s.split()) / 2 > wanted:
+        if sentences and count + len(s.split()) / 2 > length:
             break
         sentences.append(s)
         count += len(s.split())
