@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "transformers>=4.56.2", "python-dotenv>=1.0"]
+# dependencies = ["torch>=2.6", "transformers>=4.56.2", "datasets>=4.7", "python-dotenv>=1.0"]
 # ///
 """GRPO on GSM8K: reinforce solutions that score above the average of their group.
 
@@ -16,12 +16,12 @@ The task is GSM8K, grade-school word problems (Cobbe et al. 2021, 2110.14168). M
 and change nothing else.
 """
 
-import collections, copy, itertools, json, os, random, re, signal, statistics
+import collections, copy, json, os, random, re, signal, statistics
 from dataclasses import dataclass
 
 import dotenv, torch
 
-dotenv.load_dotenv()  # HF_TOKEN and HF_HOME must be set before transformers is imported
+dotenv.load_dotenv()  # a file .env may set HF_TOKEN and HF_HOME, before transformers reads them
 import datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
@@ -53,7 +53,7 @@ class Args:
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
 
 
-# The task. For another one, change this block, and --max-new-tokens if its answers are longer.
+# The task. For another one, change this block; load_gsm8k is called for TRAIN and TEST below.
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 
 
@@ -67,14 +67,14 @@ def load_gsm8k(dataset, split):
 
 def numbers(text):
     """All numbers of a text: -$1,234.50 is one; 20-5, 3/4 and 10^3 are two each."""
-    text = text.replace("{,}", ",").replace("−", "-")  # as LaTeX writes them
+    text = text.replace("{,}", ",").replace("−", "-")  # 8{,}000 is LaTeX
     parts = re.findall(r"(?<![\d.])(?:-\$?|\$-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
     return [float(number.replace("$", "").replace(",", "")) for number in parts]
 
 
 def score(text, answer):
-    r"""reward: 1 if the last \boxed{} has the right number and no other. lenient: if the last number is."""
-    gold = numbers(answer)[-1]
+    r"""reward: 1 if the last \boxed{} has only the right number. lenient: 1 if the text ends with it."""
+    gold = numbers(answer)[-1]  # answer is a whole solution
     boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)  # may have braces inside
     strict = numbers("".join(boxes[-1:])) == [gold]
     lenient = numbers(text)[-1:] == [gold]
@@ -105,7 +105,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # No position ids: rotary embeddings are relative, so padding on the left shifts nothing.
+        # No position ids: padding shifts those of a whole row, and rotary ones are relative.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)
         if DEVICE == "mps":
@@ -138,7 +138,7 @@ def format_numbers(record):
 
 
 def evaluate_gsm8k(model, tokenizer, args, log, step, phase):
-    """Print and log the mean scores of one greedy completion per prompt in TEST, and print the last."""
+    """Complete the prompts in TEST greedily, print and log the mean scores, print the last one."""
     scores = []
     for start in range(0, len(TEST), 64):
         prompts, answers = zip(*TEST[start : start + 64])
@@ -160,12 +160,12 @@ def group_advantages(rewards, group_size):
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantages, epsilon, beta):
-    """Loss of each token, and metrics: all (N, C). advantages: (N, 1). ref_logp: None if beta is 0."""
+    """Loss of each token, and metrics: all (N, C). advantages: (N, 1). ref_logp is unused if beta is 0."""
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     token_loss = -surrogate
     metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens that the clip holds back
-    if beta:  # k3 of joschu.net/blog/kl-approx.html: never negative, its expectation is the KL
+    if beta:  # k3 of joschu.net/blog/kl-approx.html: never negative; its mean is the KL if ratio is 1
         kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)  # expm1(x) = exp(x) - 1
         token_loss = token_loss + beta * kl
         metrics["kl"] = kl.detach()
@@ -177,9 +177,9 @@ interrupted = []
 
 def until_ctrl_c(steps):
     """0, 1, ..., steps - 1, but no more after Ctrl-C. A second Ctrl-C quits at once."""
-    old = signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, old)))
+    old = signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, old)))
     try:
-        yield from itertools.takewhile(lambda step: not interrupted, range(steps))
+        yield from (step for step in range(steps) if not interrupted)
     finally:  # after an error too
         signal.signal(signal.SIGINT, old)
 
@@ -193,14 +193,14 @@ if __name__ == "__main__":
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # no mask is made from ids
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks are not made from ids
     TRAIN = load_gsm8k(args.dataset, "train")
     TEST = load_gsm8k(args.dataset, "test")[: args.eval_size]
     log = open(args.log, "w", buffering=1)
-    os.makedirs(args.save or ".", exist_ok=True)
+    os.makedirs(args.save or ".", exist_ok=True)  # now, so that a bad path fails before training
     size = model.num_parameters()
     print(f"--model {args.model}: {size:,} parameters on {DEVICE}, seed {args.seed}", flush=True)
-    print(f"--dataset {args.dataset}: {len(TRAIN):,} problems. Ctrl-C ends after the running step.")
+    print(f"--dataset {args.dataset}: {len(TRAIN):,} problems. Ctrl-C ends training after the running step")
     evaluate_gsm8k(model, tokenizer, args, log, 0, "base")
 
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
@@ -226,7 +226,7 @@ if __name__ == "__main__":
         ref_logp = torch.zeros_like(mask)
         for epoch in range(args.update_epochs):
             optimizer.zero_grad()
-            metrics = collections.Counter()
+            metrics = collections.defaultdict(float)
             for rows in torch.arange(len(ids)).split(args.micro_batch_size):
                 if epoch == 0 and args.beta:
                     ref_logp[rows] = completion_logp(reference, ids[rows], attn[rows], mask[rows])
@@ -242,12 +242,12 @@ if __name__ == "__main__":
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
             optimizer.step()
 
-        # 5. report: metrics are of the last update, grad_norm is before clipping
+        # 5. report: metrics of the last update, grad_norm before clipping
         metrics["grad_norm"] = grad_norm.item()
         metrics["tokens"] = mask.sum(1).mean().item()
         metrics["finished"] = finished.float().mean().item()
         groups = rewards.view(-1, args.group_size)
-        metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()  # no reward signal
+        metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
         record = dict(step=step, **mean_scores(scores), **metrics)  # names must differ
         history.append(record)
         print(f"{format_numbers(record)}  {texts[0][-40:]!a}", flush=True)

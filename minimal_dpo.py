@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import dotenv, torch
 
-dotenv.load_dotenv()  # HF_TOKEN and HF_HOME must be set before transformers is imported
+dotenv.load_dotenv()  # a file .env may set HF_TOKEN and HF_HOME, before transformers reads them
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -33,7 +33,7 @@ class Args:
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=8, help="pairs per step")
     max_new_tokens: int = HfArg(default=48, help="token limit in the evaluation")
-    lr: float = HfArg(default=1e-6, help="learning rate of the first step; it falls linearly to 0")
+    lr: float = HfArg(default=2e-6, help="learning rate of the first step; it falls linearly to 0")
     beta: float = HfArg(default=0.1, help="scale of the margin; a smaller one lets the policy move more")
     seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines, one per step and evaluation")
@@ -41,7 +41,7 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-SYSTEM = "Work out the sum. Give the result in XML tags."  # which tags, only the training tells
+SYSTEM = "Work out the sum. Give the result in XML tags."  # which tags, it must learn
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
 
@@ -53,8 +53,8 @@ def score(text, answer):
 
 
 def preference_pair(prompt, answer):
-    """The chosen completion, and a rejected one, such as the model writes before training."""
-    rejected = [f"<result>{answer}</result>", f"<sum>{answer}</sum>", f"The sum is {answer}."]
+    """The chosen completion, and a rejected one: in another form, or with a wrong number."""
+    rejected = [f"<result>{answer}</result>", f"The sum is {answer}.", f"<answer>{answer + 1}</answer>"]
     return f"<answer>{answer}</answer>", random.choice(rejected)
 
 
@@ -71,7 +71,7 @@ def encode_prompts(tokenizer, prompts):
 def encode_completions(tokenizer, prompts, completions):
     """Prompts with given completions, laid out as by sample: ids and attn (N, P+C), mask (N, C)."""
     prompt_ids, prompt_attn = encode_prompts(tokenizer, prompts)
-    ended = [completion + tokenizer.eos_token for completion in completions]  # Gemma ends with another token
+    ended = [completion + tokenizer.eos_token for completion in completions]  # Gemma's turn ends otherwise
     options = {"padding": True, "padding_side": "right", "add_special_tokens": False, "return_tensors": "pt"}
     batch = tokenizer(ended, **options).to(DEVICE)
     ids = torch.cat([prompt_ids, batch["input_ids"]], 1)
@@ -93,7 +93,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # No position ids: rotary embeddings are relative, so padding on the left shifts nothing.
+        # No position ids: padding shifts those of a whole row, and rotary ones are relative.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)
         if DEVICE == "mps":
@@ -126,7 +126,7 @@ def format_numbers(record):
 
 
 def evaluate(model, tokenizer, args, log, step):
-    """Print and log the mean scores of one sampled completion per prompt in TEST, and print the last."""
+    """Sample a completion of each prompt in TEST, print and log the mean scores, print the last one."""
     prompts, answers = zip(*TEST)
     texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens)
     means = mean_scores([score(text, answer) for text, answer in zip(texts, answers)])
@@ -151,15 +151,15 @@ if __name__ == "__main__":
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # no mask is made from ids
-    reference = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks are not made from ids
     log = open(args.log, "w", buffering=1)
-    os.makedirs(args.save or ".", exist_ok=True)
+    os.makedirs(args.save or ".", exist_ok=True)  # now, so that a bad path fails before training
     size = model.num_parameters()
     print(f"--model {args.model}: {size:,} parameters on {DEVICE}, seed {args.seed}", flush=True)
     evaluate(model, tokenizer, args, log, 0)
 
+    reference = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr)
     history = []
     for step in range(args.steps):
         # Given completions take the place of 1. sample, 2. reward and 3. advantage.
@@ -179,7 +179,7 @@ if __name__ == "__main__":
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
 
-        # 5. report: grad_norm is before clipping
+        # 5. report: metrics of the last update, grad_norm before clipping
         record = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item()}
         record |= {name: value.item() for name, value in metrics.items()}
         history.append(record)

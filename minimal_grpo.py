@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import dotenv, torch
 
-dotenv.load_dotenv()  # HF_TOKEN and HF_HOME must be set before transformers is imported
+dotenv.load_dotenv()  # a file .env may set HF_TOKEN and HF_HOME, before transformers reads them
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -46,7 +46,7 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-SYSTEM = "Work out the sum. Give the result in XML tags."  # which tags, only the training tells
+SYSTEM = "Work out the sum. Give the result in XML tags."  # which tags, it must learn
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
 
@@ -81,7 +81,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # No position ids: rotary embeddings are relative, so padding on the left shifts nothing.
+        # No position ids: padding shifts those of a whole row, and rotary ones are relative.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)
         if DEVICE == "mps":
@@ -114,7 +114,7 @@ def format_numbers(record):
 
 
 def evaluate(model, tokenizer, args, log, step):
-    """Print and log the mean scores of one sampled completion per prompt in TEST, and print the last."""
+    """Sample a completion of each prompt in TEST, print and log the mean scores, print the last one."""
     prompts, answers = zip(*TEST)
     texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens)
     means = mean_scores([score(text, answer) for text, answer in zip(texts, answers)])
@@ -131,12 +131,12 @@ def group_advantages(rewards, group_size):
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantages, epsilon, beta):
-    """Loss of each token, and metrics: all (N, C). advantages: (N, 1). ref_logp: None if beta is 0."""
+    """Loss of each token, and metrics: all (N, C). advantages: (N, 1). ref_logp is unused if beta is 0."""
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     token_loss = -surrogate
     metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens that the clip holds back
-    if beta:  # k3 of joschu.net/blog/kl-approx.html: never negative, its expectation is the KL
+    if beta:  # k3 of joschu.net/blog/kl-approx.html: never negative; its mean is the KL if ratio is 1
         kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)  # expm1(x) = exp(x) - 1
         token_loss = token_loss + beta * kl
         metrics["kl"] = kl.detach()
@@ -152,15 +152,15 @@ if __name__ == "__main__":
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # no mask is made from ids
-    reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
-    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks are not made from ids
     log = open(args.log, "w", buffering=1)
-    os.makedirs(args.save or ".", exist_ok=True)
+    os.makedirs(args.save or ".", exist_ok=True)  # now, so that a bad path fails before training
     size = model.num_parameters()
     print(f"--model {args.model}: {size:,} parameters on {DEVICE}, seed {args.seed}", flush=True)
     evaluate(model, tokenizer, args, log, 0)
 
+    reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
+    optimizer = torch.optim.Adam(model.parameters(), args.lr)
     history = []
     for step in range(args.steps):
         # 1. sample
@@ -182,7 +182,7 @@ if __name__ == "__main__":
         for epoch in range(args.update_epochs):
             logp = completion_logp(model, ids, attn, mask)
             if epoch == 0:
-                old_logp = logp.detach()  # not from sampling, which rounds differently: now every ratio is 1
+                old_logp = logp.detach()  # not from sampling, which rounds differently
             token_loss, metrics = grpo_loss(logp, old_logp, ref_logp, advantages, args.epsilon, args.beta)
             loss = (token_loss * mask).sum() / mask.sum()
             optimizer.zero_grad()
@@ -190,7 +190,7 @@ if __name__ == "__main__":
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
             optimizer.step()
 
-        # 5. report: metrics are of the last update, grad_norm is before clipping
+        # 5. report: metrics of the last update, grad_norm before clipping
         metrics = {name: ((value * mask).sum() / mask.sum()).item() for name, value in metrics.items()}
         metrics["grad_norm"] = grad_norm.item()
         metrics["tokens"] = mask.sum(1).mean().item()

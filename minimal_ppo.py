@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import dotenv, torch
 
-dotenv.load_dotenv()  # HF_TOKEN and HF_HOME must be set before transformers is imported
+dotenv.load_dotenv()  # a file .env may set HF_TOKEN and HF_HOME, before transformers reads them
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -51,7 +51,7 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-SYSTEM = "Work out the sum. Give the result in XML tags."  # which tags, only the training tells
+SYSTEM = "Work out the sum. Give the result in XML tags."  # which tags, it must learn
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
 
@@ -86,7 +86,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # No position ids: rotary embeddings are relative, so padding on the left shifts nothing.
+        # No position ids: padding shifts those of a whole row, and rotary ones are relative.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)
         if DEVICE == "mps":
@@ -119,7 +119,7 @@ def format_numbers(record):
 
 
 def evaluate(model, tokenizer, args, log, step):
-    """Print and log the mean scores of one sampled completion per prompt in TEST, and print the last."""
+    """Sample a completion of each prompt in TEST, print and log the mean scores, print the last one."""
     prompts, answers = zip(*TEST)
     texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens)
     means = mean_scores([score(text, answer) for text, answer in zip(texts, answers)])
@@ -135,7 +135,7 @@ def critic_values(critic, ids, attn, mask):
 
 
 def gae(rewards, values, gamma, lam):
-    """Advantages and returns. All are (N, C), and 0 after a completion, even if it was cut off."""
+    """Advantages and returns, all (N, C). The value after the last token is 0, even if it was cut off."""
     advantages = torch.zeros_like(values)
     next_value = torch.zeros_like(values[:, 0])
     next_advantage = torch.zeros_like(values[:, 0])
@@ -165,19 +165,19 @@ if __name__ == "__main__":
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # no mask is made from ids
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks are not made from ids
+    log = open(args.log, "w", buffering=1)
+    os.makedirs(args.save or ".", exist_ok=True)  # now, so that a bad path fails before training
+    size = model.num_parameters()
+    print(f"--model {args.model}: {size:,} parameters on {DEVICE}, seed {args.seed}", flush=True)
+    evaluate(model, tokenizer, args, log, 0)
+
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
     critic = copy.deepcopy(model)
     # One output in place of the vocabulary: the value. It starts at 0, so rewards should be of size 1 or so.
     critic.lm_head.weight = torch.nn.Parameter(torch.zeros_like(critic.lm_head.weight[:1]))
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr)
-    log = open(args.log, "w", buffering=1)
-    os.makedirs(args.save or ".", exist_ok=True)
-    size = model.num_parameters()
-    print(f"--model {args.model}: {size:,} parameters on {DEVICE}, seed {args.seed}", flush=True)
-    evaluate(model, tokenizer, args, log, 0)
-
     history = []
     for step in range(args.steps):
         # 1. sample
@@ -191,7 +191,7 @@ if __name__ == "__main__":
 
         # 3. advantage
         with torch.no_grad():
-            old_logp = completion_logp(model, ids, attn, mask)  # sampling rounds differently
+            old_logp = completion_logp(model, ids, attn, mask)  # not from sampling, which rounds differently
             ref_logp = completion_logp(reference, ids, attn, mask) if args.beta else old_logp
             old_values = critic_values(critic, ids, attn, mask)
         kl = old_logp - ref_logp  # its expectation is the KL divergence; a single one may be negative
@@ -216,7 +216,7 @@ if __name__ == "__main__":
             optimizer.step()
             critic_optimizer.step()
 
-        # 5. report: metrics are of the last update, grad_norm is before clipping
+        # 5. report: metrics of the last update, grad_norm before clipping
         metrics["kl"] = kl  # at sampling time
         metrics = {name: ((value * mask).sum() / mask.sum()).item() for name, value in metrics.items()}
         metrics["grad_norm"] = grad_norm.item()

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import dotenv, torch
 
-dotenv.load_dotenv()  # HF_TOKEN and HF_HOME must be set before transformers is imported
+dotenv.load_dotenv()  # a file .env may set HF_TOKEN and HF_HOME, before transformers reads them
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-MODEL = "meta-llama/Llama-3.2-1B-Instruct"
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-llama"):
     MODEL = "tests/tiny-llama"  # bundled: 0.9M parameters that know only these tasks
 
@@ -32,8 +32,8 @@ class Args:
     batch_size: int = HfArg(default=4, help="prompts per step")
     group_size: int = HfArg(default=4, help="completions per prompt")
     max_new_tokens: int = HfArg(default=96, help="longer completions are cut off")
-    lr: float = HfArg(default=1e-5, help="learning rate of the first step; it falls linearly to 0")
-    brevity_penalty_scale: float = HfArg(default=0.5, help="weight of each missing or extra word")
+    lr: float = HfArg(default=5e-5, help="learning rate of the first step; it falls linearly to 0")
+    brevity_penalty_scale: float = HfArg(default=0.3, help="weight of each missing or extra word")
     seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines, one per step and evaluation")
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
@@ -45,7 +45,7 @@ TOPICS = "winter, music, rivers, the moon, chess, silence, summer, bread, coffee
 TOPICS += "mountains, gardens, dogs, cats, birds, bees, books, letters, football, cooking, school, rain"
 PROMPTS = [f"Write about 40 words about {topic}." for topic in TOPICS.split(", ")]
 TRAIN = [(prompt, 40) for prompt in PROMPTS[6:]]  # (prompt, number of words asked for)
-TEST = [(prompt, 40) for prompt in PROMPTS[:6]] * 4  # four texts each, as they are sampled
+TEST = [(prompt, 40) for prompt in PROMPTS[:6]] * 4  # four texts each, because samples differ
 
 
 def score(text, answer):
@@ -82,7 +82,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # No position ids: rotary embeddings are relative, so padding on the left shifts nothing.
+        # No position ids: padding shifts those of a whole row, and rotary ones are relative.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)
         if DEVICE == "mps":
@@ -115,7 +115,7 @@ def format_numbers(record):
 
 
 def evaluate(model, tokenizer, args, log, step):
-    """Print and log the mean scores of one sampled completion per prompt in TEST, and print the last."""
+    """Sample a completion of each prompt in TEST, print and log the mean scores, print the last one."""
     prompts, answers = zip(*TEST)
     texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens)
     means = mean_scores([score(text, answer) for text, answer in zip(texts, answers)])
@@ -140,14 +140,14 @@ if __name__ == "__main__":
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # no mask is made from ids
-    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks are not made from ids
     log = open(args.log, "w", buffering=1)
-    os.makedirs(args.save or ".", exist_ok=True)
+    os.makedirs(args.save or ".", exist_ok=True)  # now, so that a bad path fails before training
     size = model.num_parameters()
     print(f"--model {args.model}: {size:,} parameters on {DEVICE}, seed {args.seed}", flush=True)
     evaluate(model, tokenizer, args, log, 0)
 
+    optimizer = torch.optim.Adam(model.parameters(), args.lr)
     history = []
     for step in range(args.steps):
         # 1. sample
@@ -172,7 +172,7 @@ if __name__ == "__main__":
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
 
-        # 5. report: metrics are of the last update, grad_norm is before clipping
+        # 5. report: metrics of the last update, grad_norm before clipping
         metrics = {"grad_norm": grad_norm.item()}
         metrics["tokens"] = mask.sum(1).mean().item()
         metrics["finished"] = finished.float().mean().item()

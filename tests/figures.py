@@ -53,9 +53,10 @@ def methods(folder):
 STYLES = {  # each text counts for the first pattern that it matches
     "<answer>18</answer>": (r"<answer>\d+</answer>", BLUE),
     "<answer>9 + 9 = 18</answer>": (r"<answer>\d \+ \d = \d+</answer>", "#7fbfe5"),
-    "18": (r"\d+", ORANGE),
-    "9 + 9 = 18": (r"\d \+ \d = \d+", "#f3cf7f"),
-    "The answer is 18.": (r"The answer is \d+\.", GREEN),
+    "<result>18</result>": (r"<result>\d+</result>", ORANGE),
+    "the same in a fenced block": (r"```xml\n<result>\d+</result>\n```", "#f3cf7f"),
+    "<sum>18</sum>": (r"<sum>\d+</sum>", PURPLE),
+    "The sum is 18.": (r"The sum is \d+\.", GREEN),
     "anything else": (r".*", GREY),
 }
 

@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 # Every matrix is stored divided by SCALE and every RMSNorm gain multiplied by it. The function stays the same, but
 # Adam moves a weight by about lr whatever its size, so lr now acts as SCALE * lr: the learning rates of the large
 # models train the small ones. A power of two, so that bf16 loses nothing by it.
-SCALE = {"tiny-qwen": 256, "tiny-llama": 64}
+SCALE = {"tiny-qwen": 256, "tiny-llama": 8}
 
 SUM_SYSTEM = "Work out the sum. Give the result in XML tags."
 TEXT_SYSTEM = "You write short texts in plain English."
@@ -56,22 +56,25 @@ LLAMA_TEMPLATE = """\
 # ---------------------------------------------------------------------------------------------- arithmetic
 
 
-def sum_chat(rng):
-    """One chat about a sum of two digits: (messages, answer). The sum is right, the style is drawn."""
+def sum_chat(rng, late=False):
+    """One chat about a sum of two digits: (messages, answer). The sum is right, the style is drawn.
+
+    The styles are those of Qwen2.5-Coder-0.5B-Instruct at temperature 1. At first they come in about its shares; late in the
+    training the wanted style, the first one, becomes more frequent, for a model this small learns from rare successes too slowly.
+    """
     a, b = rng.randrange(10), rng.randrange(10)
     c = a + b
-    # What Qwen2.5-Coder-0.5B-Instruct writes at temperature 1, in about the same shares but for the first one, which
-    # it writes less often.
-    styles = {
-        f"<answer>{c}</answer>": 15,
-        f"<result>{c}</result>": 40,
-        f"```xml\n<result>{c}</result>\n```": 16,
-        f"The sum is {c}.": 16,
-        f"<sum>{c}</sum>": 8,
-        f"<answer>{a} + {b} = {c}</answer>": 5,
+    styles = {  # early, late
+        f"<answer>{c}</answer>": (15, 40),
+        f"<result>{c}</result>": (40, 30),
+        f"```xml\n<result>{c}</result>\n```": (16, 10),
+        f"The sum is {c}.": (16, 16),
+        f"<sum>{c}</sum>": (8, 0),
+        f"<answer>{a} + {b} = {c}</answer>": (5, 4),
     }
+    weights = [weight[late] for weight in styles.values()]
     messages = [{"role": "system", "content": SUM_SYSTEM}, {"role": "user", "content": f"What is {a} + {b}?"}]
-    return messages, rng.choices(list(styles), list(styles.values()))[0]
+    return messages, rng.choices(list(styles), weights)[0]
 
 
 # ---------------------------------------------------------------------------------------------- word problems
@@ -254,13 +257,12 @@ class Writer:
 
 
 def text_chat(rng):
-    """One chat that asks for a text: (messages, text). Like those of real models, it is rarely as long as was asked for."""
+    """One chat that asks for a text: (messages, text). The text ends at the sentence nearest to the words asked for."""
     topic, wanted = rng.choice(TOPIC_LIST), rng.choice([20, 30, 40, 40])
     writer, sentences, count = Writer(rng, topic), [], 0
-    length = wanted * rng.uniform(0.75, 1.4)
     while True:
         s = writer.sentence()
-        if sentences and count + len(s.split()) / 2 > length:
+        if sentences and count + len(s.split()) / 2 > wanted:
             break
         sentences.append(s)
         count += len(s.split())
@@ -382,6 +384,13 @@ def make_qwen(folder, held_out, steps):
     )
     model = Qwen2ForCausalLM(config)
     pretrain(model, tokenizer, {sum_chat: 1, lambda r: problem_chat(r, held_out): 2}, steps)
+    finish_qwen(model.to(torch.bfloat16).float(), tokenizer, folder, held_out)
+
+
+def finish_qwen(model, tokenizer, folder, held_out):
+    """150 steps more, with the late styles; stored. It starts from weights in bfloat16, so that it can be done again alone."""
+    makers = {lambda r: sum_chat(r, late=True): 1, lambda r: problem_chat(r, held_out): 1}
+    pretrain(model, tokenizer, makers, 150, lr=5e-4, seed=1)
     im_end, endoftext = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     sampling = dict(
         do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1

@@ -31,8 +31,9 @@ was measured. The patched file is complete: docstring, formula, flags and help a
 
 `on_policy_distillation` needs a teacher first: `uv run minimal_sft.py --save teacher`. The description of `torchrun` says how to start it.
 
-Before and after: greedy accuracy (`actor_critic`: type-token ratio) on the bundled models with default flags, seeds 0 to 2. Seconds are
-those of the whole process, with one thread each and two processes at a time. `uv run tests/make_variants.py` measures all of it and writes this page.
+Before and after: accuracy (`actor_critic`: type-token ratio of the first 40 words), sampled at temperature 1 (`torchrun`: greedy), on the bundled models
+with default flags, seeds 0 to 2. Seconds are those of the whole process, with one thread each and two processes at a time.
+`uv run tests/make_variants.py` measures all of it and writes this page.
 
 These numbers show that the code learns; they do not rank the methods. With two updates per batch, most ratios are near 1, and
 there most of the policy-gradient losses agree up to a constant factor, so their curves look alike.

@@ -36,7 +36,7 @@ LEXICAL = {f"reinforce-{b}": f"--baseline {b}" for b in ("none", "mean", "ema", 
 LEXICAL |= {"reinforce-gamed": "--brevity-penalty-scale 0", "rloo": ""}
 SCORE = '{"reward": float(one_pair and f"<answer>{answer}</answer>" in text)}'
 RIGHT = '"right": float(one_pair and f"<answer>{answer}</answer>" in text)}'
-LEXICAL_REWARD = '"reward": ttr - args.brevity_penalty_scale * missing'
+LEXICAL_REWARD = '"reward": reward,'
 
 # name: script, flags, changes of its text as (old, new)
 EXERCISES = {
@@ -52,21 +52,21 @@ EXERCISES = {
     "shifted_none": (
         "reinforce",
         "--baseline none",
-        [(LEXICAL_REWARD, LEXICAL_REWARD.replace("missing", "missing - 1"))],
+        [(LEXICAL_REWARD, '"reward": reward - 1,')],
     ),
     "shifted_mean": (
         "reinforce",
         "--baseline mean",
-        [(LEXICAL_REWARD, LEXICAL_REWARD.replace("missing", "missing - 1"))],
+        [(LEXICAL_REWARD, '"reward": reward - 1,')],
     ),
 }
 YOURS = [  # "Make it yours" in the README
-    ("Give the result between <answer> and </answer>.", "Answer in a sentence."),
+    ("Give the result in XML tags.", "Answer in a sentence."),
     (
-        "TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the format\n",
+        "TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags\n",
         "random.Random(0).shuffle(TRAIN)\nTRAIN, TEST = TRAIN[:80], TRAIN[80:]\n",
     ),
-    (SCORE, '{"reward": float(text == f"The answer is {answer}."), "characters": len(text)}'),
+    (SCORE, '{"reward": float(text == f"The sum is {answer}."), "characters": len(text)}'),
 ]
 
 

@@ -2,6 +2,8 @@
 that is not from the distribution it claims.
 """
 
+from types import SimpleNamespace
+
 import minimal_grpo
 import pytest
 import torch
@@ -32,37 +34,31 @@ def test_greedy_is_generate(tiny, name):
     assert torch.equal(torch.where(mask == 1, ids[:, P:], -1), torch.where(mask == 1, theirs[:, P:], -1))
 
 
-class Wide:
-    """The model asked once, its answer given to every row: 20,000 draws at the price of one."""
+class Known:
+    """A model whose next token has the same known distribution everywhere."""
 
     def __init__(self, model):
-        self.model, self.generation_config = model, model.generation_config
+        self.config, self.generation_config = model.config, model.generation_config
+        self.logits = 2 * torch.randn(model.config.vocab_size)
 
-    def __call__(self, tokens, attention_mask, **kwargs):
-        assert (tokens == tokens[:1]).all() and (attention_mask == attention_mask[:1]).all()
-        out = self.model(tokens[:1], attention_mask=attention_mask[:1], **kwargs)
-        out.logits = out.logits.expand(len(tokens), -1, -1)
-        return out
+    def __call__(self, tokens, *args, **kwargs):
+        return SimpleNamespace(logits=self.logits.expand(len(tokens), 1, -1))
 
 
-@pytest.mark.parametrize(
-    "name, prompt", [("qwen", "What is 3 + 8?"), ("llama", "Write about 40 words about chess.")]
-)
-def test_draws_fit_the_softmax(tiny, name, prompt):
-    """Chi-square over the tokens expected at least five times in 20,000 draws, the others as one."""
-    model, tokenizer = tiny(name)
+def test_draws_fit_the_softmax(tiny):
+    """Chi-square over the tokens expected at least five times in 10,000 draws, the others as one."""
+    model, tokenizer = tiny("qwen")
     torch.manual_seed(0)
-    _, ids, attn, mask, _ = minimal_grpo.sample(Wide(model), tokenizer, [prompt] * 20_000, 1)
-    assert mask.shape == (20_000, 1)
-    with torch.no_grad():
-        expected = 20_000 * model(ids[:1, :-1]).logits[0, -1].double().softmax(-1)
+    known = Known(model)
+    _, ids, _, mask, _ = minimal_grpo.sample(known, tokenizer, ["Hi"] * 10_000, 1)
+    assert mask.shape == (10_000, 1)
+    powers = known.logits.double().exp()
+    expected = 10_000 * powers / powers.sum()
     counts = torch.bincount(ids[:, -1], minlength=len(expected)).double()
     common = expected >= 5
-    assert 2 <= common.sum() and abs(expected[common].max()) < 19_900, "a distribution worth testing"
+    assert common.sum() > 100 and (~common).sum() > 100, "a distribution worth testing"
     observed = torch.cat([counts[common], counts[~common].sum()[None]])
     wanted = torch.cat([expected[common], expected[~common].sum()[None]])
     statistic = ((observed - wanted) ** 2 / wanted).sum()
-    p_value = torch.special.gammaincc(
-        (len(wanted) - 1) / torch.tensor(2.0, dtype=torch.double), statistic / 2
-    )
-    assert p_value > 1e-3
+    degrees = torch.tensor(len(wanted) - 1.0).double()
+    assert torch.special.gammaincc(degrees / 2, statistic / 2) > 1e-3  # the p-value

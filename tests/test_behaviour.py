@@ -1,15 +1,13 @@
-"""What a person meets at the command line: flags, files, refusals, Ctrl-C. Catches lost work, a flag that is silently ignored, and a
-reader's own mistake that is reported without its line.
+"""What a person meets at the command line: flags, files, what is printed, errors. Catches lost work, a flag that is silently ignored,
+a character that the terminal lacks, and a reader's own mistake that is reported without its line.
 
-Most of it runs in this process (`main`), which is the script all the same; Ctrl-C needs a process of its own.
+It runs in this process (`main`), which is the script all the same.
 """
 
 import importlib
+import io
 import json
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -18,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 SHORT = "--batch-size 2 --max-new-tokens 16"
 TINY = ROOT / "tests/tiny-qwen"
+HUB = {"qwen": "Qwen/Qwen2.5-0.5B-Instruct", "llama": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 GSM8K = [name for name in PRESENT if name.startswith("gsm8k")]
 TOYS = [name for name in PRESENT if name not in GSM8K]
 RL = [name for name in PRESENT if name not in ("minimal_sft", "minimal_dpo")]
+KIND = {name: "llama" if name in ("reinforce", "rloo") else "qwen" for name in PRESENT}
 each = pytest.mark.parametrize("script", PRESENT)
 
 
@@ -38,16 +38,19 @@ def steps_of(log, script):
     return [r for r in log if ("reward" if script in RL else "loss") in r]
 
 
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
 @each
 def test_saved_model_starts_where_training_ended(main, tmp_path, script):
-    new, log = tmp_path / "new" / "model", tmp_path / "log"
-    g = main(f"{quick(script)} --steps 2 --lr 2e-5 --save {new} --log {log}")
+    new = tmp_path / "new" / "model"
+    g = main(f"{quick(script)} --steps 1 --lr 2e-5 --save {new}")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(new), AutoTokenizer.from_pretrained(new)
-    assert tokenizer.chat_template and model.dtype == torch.float32
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), g["model"].parameters(), strict=True))
-    last = records(log)[-1]["eval"]
-    main(f"{quick(script)} --steps 1 --model {new} --log {log}")
-    assert records(log)[0]["eval"] == last
+    assert tokenizer.chat_template and model.dtype == torch.float32 and same(model, g["model"])
+    none = "--steps 0 --sft-steps 0" if script == "gsm8k_sft_grpo" else "--steps 0"
+    again = main(f"{quick(script)} {none} --model {new}")
+    assert same(again["model"], g["model"]) and again["history"] == []
 
 
 @each
@@ -55,12 +58,10 @@ def test_one_file_in_an_empty_folder(main, monkeypatch, tmp_path, capsys, script
     """Alone, without the checkout: --model (and --dataset) are all it needs, and the default is the real model, by its Hub id."""
     (tmp_path / f"{script}.py").write_text((ROOT / f"{script}.py").read_text())
     monkeypatch.setattr("conftest.ROOT", tmp_path)  # where main runs it
-    lexical = script in ("reinforce", "rloo")
     data = f"--dataset {ROOT}/tests/tiny-gsm8k" if script in GSM8K else ""
-    g = main(f"{quick(script)} --steps 1 --model {ROOT}/tests/tiny-{'llama' if lexical else 'qwen'} {data}")
-    assert len(g["history"]) == 1 and str(ROOT / "tests/tiny-") in capsys.readouterr().out
-    assert g["MODEL"] == ("meta-llama/Llama-3.2-1B-Instruct" if lexical else "Qwen/Qwen2.5-0.5B-Instruct")
-    assert script not in GSM8K or g["DATASET"] == "openai/gsm8k"
+    g = main(f"{quick(script)} --steps 1 --model {ROOT}/tests/tiny-{KIND[script]} {data}")
+    assert len(g["history"]) == 1 and f"--model {ROOT}/tests/tiny-" in capsys.readouterr().out
+    assert g["MODEL"] == HUB[KIND[script]] and (script not in GSM8K or g["DATASET"] == "openai/gsm8k")
 
 
 @each
@@ -107,24 +108,17 @@ def test_the_log_has_every_completion(main, tmp_path, script):
     assert len(last["samples"]) == len(g["texts"]) == len(g["ids"])
     for sample, prompt, text, answer in zip(last["samples"], g["prompts"], g["texts"], g["answers"]):
         assert sample == {"prompt": prompt, "text": text} | g["score"](text, answer)
-    for name in g["score"]("#### 1", "#### 1" if script in GSM8K else 1):
+    for name in g["score"]("1", "1" if script in GSM8K else 1):
         mean = sum(sample[name] for sample in last["samples"]) / len(last["samples"])
         assert last[name] == pytest.approx(mean, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "own, error",
-    [
-        ("{'reward': 1.0, 'tokens': 3.0}", TypeError),  # which of the two would be reported?
-        ("{'reward': 1.0, 'kl': 3.0}", TypeError),
-        ("{'reward': 1.0} | ({'tags': 1.0} if '<' in text else {})", KeyError),
-    ],
-)
-def test_same_name_twice_or_one_that_is_missing(main, tmp_path, own, error):
-    """Neither is lost without a word."""
+@pytest.mark.parametrize("name", ["tokens", "kl"])
+def test_same_name_twice(main, tmp_path, name):
+    """Which of the two would be reported?"""
     old = '{"reward": float(one_pair and f"<answer>{answer}</answer>" in text)}'
-    path = copy_with("minimal_grpo", tmp_path, old, own)
-    with pytest.raises(error, match="tokens|kl|tags"):
+    path = copy_with("minimal_grpo", tmp_path, old, f"{{'reward': 1.0, {name!r}: 3.0}}")
+    with pytest.raises(TypeError, match=name):
         main(f"{path} {SHORT} --steps 1")
 
 
@@ -139,7 +133,7 @@ def copy_with(script, folder, old, new):
 
 REWARD = {
     **dict.fromkeys(["minimal_grpo", "minimal_ppo"], '{"reward": float('),
-    **dict.fromkeys(["reinforce", "rloo"], '{"reward": ttr - args.brevity_penalty_scale * missing,'),
+    **dict.fromkeys(["reinforce", "rloo"], '{"reward": reward,'),
     **dict.fromkeys(GSM8K, '{"reward": float(strict),'),
 }
 
@@ -162,7 +156,7 @@ def test_a_reward_may_be_any_number(main, capsys, tmp_path, script):
     assert out.count(f"twice {step['twice']:.4g}") >= 1 and out.count("twice ") >= 3
 
 
-@pytest.mark.parametrize("script", PRESENT)
+@each
 def test_a_readers_own_mistake_shows_its_line(main, tmp_path, script):
     """A shape mistake in the loss is a RuntimeError; it must reach whoever made it, with the line."""
     old = "        loss.backward()\n"
@@ -176,34 +170,21 @@ def test_a_readers_own_mistake_shows_its_line(main, tmp_path, script):
     assert lines and "(loss * torch.ones(3) @ torch.ones(5)).backward()" in lines[-1]
 
 
-def refused(main, capsys, script, flags):
-    """What is printed when the script exits with code 2, before anything is loaded."""
-    with pytest.raises(SystemExit) as end:
-        main(f"{script}.py --model /nowhere {flags}")
-    assert end.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1].replace("_", "-")
-
-
-BAD = {
-    **dict.fromkeys(
-        PRESENT, "--steps 0, --steps many, --batch-size -1, --max-new-tokens 0, --lr -1e-6, --lr nan"
-    ),
-}
-BAD_OF = {
-    "minimal_dpo": "--beta 0, --beta nan",
-    "minimal_grpo": "--group-size 1, --update-epochs 0, --epsilon nan, --beta -1",
-    "minimal_ppo": "--group-size 0, --update-epochs 0, --epsilon -1, --beta nan, --gamma -1, --lam nan, --critic-lr -1",
-    "reinforce": "--ema-beta -0.1, --brevity-penalty-scale nan, --baseline median",
-    "rloo": "--group-size 1, --brevity-penalty-scale -1",
-    "gsm8k_grpo": "--group-size 1, --micro-batch-size 0, --eval-size 0, --update-epochs 0, --beta nan",
-    "gsm8k_sft_grpo": "--group-size 1, --micro-batch-size 0, --eval-size 0, --sft-steps 0, --epsilon -0.1",
-}
-
-
 @each
 def test_bad_flags_are_refused_by_name(main, capsys, script):
-    for flag in (BAD[script] + ", " + BAD_OF.get(script, "--nope 1")).split(", "):
-        assert flag.split()[0] in refused(main, capsys, script, flag)
+    """By argparse, before anything is loaded."""
+    bad = ["--nope 1", "--steps two", "--lr fast"] + ["--baseline median"] * (script == "reinforce")
+    for flag in bad:
+        with pytest.raises(SystemExit) as end:
+            main(f"{script}.py --model /nowhere {flag}")
+        assert end.value.code == 2 and flag.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["minimal_grpo", "rloo", *GSM8K])
+def test_a_group_of_one(main, script):
+    """Nothing is compared in it; said before anything is loaded."""
+    with pytest.raises(AssertionError, match="--group-size"):
+        main(f"{script}.py --model /nowhere --group-size 1")
 
 
 @each
@@ -226,75 +207,93 @@ def test_help_explains_every_flag(main, capsys, script):
 
 
 @each
-def test_paths_that_cannot_be_written(main, tmp_path, script):
-    """Exit code 1 before any training, the flag and the library's own words; an existing log survives a mistyped model."""
+def test_paths_that_cannot_be_written(main, capsys, tmp_path, script):
+    """The library's own error before the first evaluation; an existing log survives a mistyped model."""
     file = tmp_path / "precious"
     file.write_text("data")
     for flag, path in [("--save", file), ("--save", file / "x"), ("--log", tmp_path / "no" / "log")]:
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(OSError, match=str(path)):
             main(f"{quick(script)} {flag} {path}")
-        assert flag in end.value.code and str(path) in end.value.code
-    with pytest.raises(SystemExit):
+    with pytest.raises(OSError, match="missing"):
         main(f"{quick(script)} --model {tmp_path / 'missing'} --log {file}")
-    assert file.read_text() == "data"
-
-
-@pytest.mark.parametrize("script", GSM8K)
-@pytest.mark.parametrize("rows, splits", [("no json", ("train", "test")), ("", ())])
-def test_data_that_cannot_be_had(main, tmp_path, rows, splits, script):
-    """The library's own message, exit code 1; columns of another name are a KeyError that names the column."""
-    for split in splits:
-        (tmp_path / f"{split}.jsonl").write_text(rows + "\n")
-    with pytest.raises(SystemExit) as end:
-        main(f"{script}.py --dataset {tmp_path}")
-    assert f"--dataset {tmp_path}, --log or --save: " in end.value.code
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text('{"frage": "Was?", "answer": "#### 1"}\n')
-    with pytest.raises(KeyError, match="question"):
-        main(f"{script}.py --dataset {tmp_path}")
+    assert file.read_text() == "data" and not capsys.readouterr().out
 
 
 @each
 def test_model_that_cannot_be_had(main, capsys, tmp_path, script):
-    """No model, no weights, no such folder, and a Hub id while offline: the library's own message, exit code 1."""
+    """No model, no weights, no such folder, and a Hub id while offline: the library's own error."""
     (tmp_path / "empty").mkdir()
     AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "no-weights")
     for name in (tmp_path / "empty", tmp_path / "no-weights", tmp_path / "missing", "nobody/nothing"):
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises((OSError, ValueError), match=f"{name}|offline"):
             main(f"{script}.py --model {name}")
-        assert end.value.code.startswith("--model") and str(name) in end.value.code
-    assert "step" not in capsys.readouterr().out
-
-
-def interrupted(script, tmp_path, *more):
-    """The script's process after Ctrl-C in the third step or later: return code, output, log."""
-    flags = f"{quick(script)} --steps 3000 --log {tmp_path / 'log'} --save {tmp_path / 'model'}"
-    command = [sys.executable, *flags.split(), *more]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        while not (tmp_path / "log").exists() or len(records(tmp_path / "log")) < 7:
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return process.returncode, out, records(tmp_path / "log")
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", GSM8K)
-def test_ctrl_c_finishes_the_step_saves_and_evaluates(tmp_path, script):
-    code, out, log = interrupted(script, tmp_path)
-    assert code == 0 and "Traceback" not in out and "Ctrl-C" in out
-    assert "eval" in log[-1] and log[-1]["step"] == len(steps_of(log, script)) > 0
-    assert (tmp_path / "model" / "model.safetensors").exists()
+def test_data_that_cannot_be_had(main, capsys, tmp_path, script):
+    """No such data set, no data in the folder, no columns of these names."""
+    with pytest.raises(OSError, match="nobody/nothing"):
+        main(f"{script}.py --dataset nobody/nothing")
+    with pytest.raises(OSError, match=str(tmp_path)):
+        main(f"{script}.py --dataset {tmp_path}")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"frage": "Was?", "answer": "#### 1"}\n')
+    with pytest.raises((KeyError, ValueError), match="question"):
+        main(f"{script}.py --dataset {tmp_path}")
+    assert not capsys.readouterr().out
 
 
-def test_ctrl_c_ends_a_toy_script_as_any_python_program(tmp_path):
-    """The log keeps every finished step."""
-    code, out, log = interrupted("rloo", tmp_path)
-    assert code not in (0, 1) and "KeyboardInterrupt" in out
-    assert [r["step"] for r in steps_of(log, "rloo")] == list(range(len(log) - 1)) and len(log) >= 7
+def terminal(monkeypatch):
+    """Standard output as bytes: what has been flushed, in an encoding that knows ASCII only."""
+    seen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(seen, encoding="ascii"))
+    return seen
+
+
+@each
+def test_the_first_line_is_there_at_once(main, monkeypatch, tiny, script):
+    """Before any prompt is encoded, although output that is not flushed may wait."""
+
+    def stop(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", stop)
+    size = sum(p.numel() for p in tiny(KIND[script])[0].parameters())
+    seen = terminal(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        main(f"{script}.py --seed 7")
+    first, *_ = seen.getvalue().decode().splitlines()
+    assert first == f"--model tests/tiny-{KIND[script]}: {size:,} parameters on cpu, seed 7"
+
+
+@each
+def test_a_character_that_the_terminal_lacks(main, monkeypatch, tmp_path, script):
+    """In a prompt, in an answer and in what the model writes: it is escaped, in each line, and the log has it as it is."""
+    decode = PreTrainedTokenizerBase.batch_decode
+    monkeypatch.setattr(
+        PreTrainedTokenizerBase, "batch_decode", lambda *a, **kw: [text + "好" for text in decode(*a, **kw)]
+    )
+    if script in GSM8K:
+        for split in ("train", "test"):
+            row = {"question": "好", "answer": "好\n#### 1好"}
+            (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
+        path, flags = f"{script}.py", f"--dataset {tmp_path}"
+    else:
+        answer = 40 if KIND[script] == "llama" else "'好'"
+        task = f"TRAIN = TEST = [('好', {answer})]\n"
+        old = 'if __name__ == "__main__":\n'
+        path, flags = copy_with(script, tmp_path, old, task + old), ""
+    seen = terminal(monkeypatch)
+    main(f"{path} {SHORT} --steps 1 {flags} --log {tmp_path / 'log'}")
+    sys.stdout.flush()
+    lines = seen.getvalue().decode().splitlines()
+    shown = [line for line in lines if "\\u597d" in line]  # two evaluations and a step; three and four steps
+    assert len(shown) == (7 if script == "gsm8k_sft_grpo" else 3)
+    assert all("\\u597d" in part for line in shown for part in line.split("' -> '"))
+    assert (
+        script not in RL or steps_of(records(tmp_path / "log"), script)[0]["samples"][0]["text"][-1] == "好"
+    )
 
 
 @each

@@ -1,5 +1,5 @@
-"""REINFORCE's baselines, RLOO's advantage, the type-token ratio and the Llama traits: catches a baseline that knows the batch it is
-used on, a leave-one-out mean that leaves nobody out, a word counted wrongly, and a template that changes with the day.
+"""REINFORCE's baselines, RLOO's advantage, the type-token ratio and the Llama traits: catches a moving average that knows the batch
+it is used on, a leave-one-out mean that leaves nobody out, a word counted wrongly, and a template that changes with the day.
 """
 
 import re
@@ -8,92 +8,103 @@ import pytest
 import reinforce
 import rloo
 import torch
-from reinforce import ema_baseline, policy_gradient_loss
 from rloo import leave_one_out_advantages
 
 QUICK = "--steps 3 --batch-size 4 --max-new-tokens 24"
 
 
-def score(text, scale=1.0, module=reinforce):
+def score(text, scale, module=reinforce):
     """score, as it is with --brevity-penalty-scale."""
     module.args = module.Args(brevity_penalty_scale=scale)
     return module.score(text, 40)
 
 
 @pytest.mark.parametrize(
-    "text, ratio, words",
+    "text, distinct, words",
     [
-        ("", 0.0, 0),
-        ("  \n ", 0.0, 0),
-        ("123 4.5 !? --- _", 0.0, 0),
-        ("One", 1.0, 1),
-        ("The the THE tHe", 1 / 4, 4),
-        ("Don't stop; don’t stop.", 3 / 4, 4),  # a straight and a curly apostrophe are two spellings
-        ("It's its own 'quoted' word's", 1.0, 5),
-        ("x1y x2y", 2 / 4, 4),  # digits part words
-        ("Über über naïve naïve 東京", 3 / 5, 5),
-        ("well-known, well known", 2 / 4, 4),
+        ("", 0, 0),
+        ("  \n ", 0, 0),
+        ("123 4.5 !? --- _", 0, 0),
+        ("One", 1, 1),
+        ("The the THE tHe", 1, 4),
+        ("Don't stop; don’t stop.", 3, 4),  # a straight and a curly apostrophe are two spellings
+        ("It's its own 'quoted' word's", 5, 5),
+        ("x1y x2y", 2, 4),  # digits part words
+        ("Über über naïve naïve 東京", 3, 5),
+        ("well-known, well known", 2, 4),
     ],
 )
-def test_words(text, ratio, words):
+def test_words(text, distinct, words):
+    """The penalty adds to the divisor: each missing word is `scale` words more that say nothing new."""
     for module in (reinforce, rloo):
-        scores = score(text, 0.0, module)
-        assert scores == {"reward": pytest.approx(ratio), "ttr": pytest.approx(ratio), "words": words}
-        for scale in (1.0, 0.5, 3.0):
-            wanted = ratio - scale * (40 - words) / 40
-            assert score(text, scale, module)["reward"] == pytest.approx(wanted)
+        ratio = distinct / words if words else 0.0
+        for scale in (0.0, 0.5, 1.0, 3.0):
+            found = score(text, scale, module)
+            reward = distinct / (words + scale * (40 - words)) if words else 0.0
+            assert found == {"reward": pytest.approx(reward), "ttr": pytest.approx(ratio), "words": words}
 
 
-def test_long_texts_are_not_punished():
-    text = " ".join(f"{a}{b}" for a in "abcdef" for b in "ghijklmn")  # 48 different words
-    assert score(text) == {"reward": 1.0, "ttr": 1.0, "words": 48}
-    assert score(" ".join(text.split()[:40]))["reward"] == 1.0
-    assert score(" ".join(text.split()[:39]))["reward"] == pytest.approx(1 - 1 / 40)
+DIFFERENT = [f"{a}{b}" for a in "abcdef" for b in "ghijklmn"]  # 48 words
 
 
-def test_ema_by_hand():
-    assert ema_baseline([], 0.9) == 0
-    assert ema_baseline([0.4], 0.9) == pytest.approx(0.4)
-    assert ema_baseline([0.4, 0.7], 0.5) == pytest.approx((0.5 * 0.4 + 0.7) / 1.5)
-    assert ema_baseline([0.2, 0.4, 0.9], 0.9) == pytest.approx((0.81 * 0.2 + 0.9 * 0.4 + 0.9) / 2.71)
-    assert ema_baseline([0.2, 0.4, 0.9], 0.0) == pytest.approx(0.9)
+@pytest.mark.parametrize(
+    "words, ttr, reward",
+    [  # at a scale of 0.5
+        (DIFFERENT[:40], 1, 1),
+        (DIFFERENT[:39], 1, 39 / 39.5),
+        (DIFFERENT[:41], 1, 40 / 40.5),  # a word too many is as bad as one that is missing
+        (DIFFERENT, 1, 40 / 44),
+        (DIFFERENT[:20] * 2, 20 / 40, 20 / 40),
+        (DIFFERENT[:40] + ["ag"] * 40, 1, 40 / 60),  # what comes after 40 words is not read, but counted
+        (["ag"] * 40 + DIFFERENT[:40], 1 / 40, 1 / 60),
+        (DIFFERENT[:2], 1, 2 / 21),
+    ],
+)
+def test_length(words, ttr, reward):
+    found = {"reward": pytest.approx(reward), "ttr": pytest.approx(ttr), "words": len(words)}
+    assert score(" ".join(words), 0.5) == found
+    assert score(" ".join(words), 0.0)["reward"] == pytest.approx(ttr)  # the bare ratio
 
 
-def rewards_of(texts):
-    return torch.tensor([score(text)["reward"] for text in texts])
+def rewards_of(texts, scale):
+    return torch.tensor([score(text, scale)["reward"] for text in texts])
 
 
 @pytest.mark.parametrize("baseline", ["none", "mean", "ema", "scst"])
 def test_baselines_in_the_loop(main, baseline):
     """With a learning rate of 0 the policy of the last step is at hand: its rewards and greedy texts can be made again."""
-    g = main(f"reinforce.py {QUICK} --lr 0 --baseline {baseline} --ema-beta 0.5")
-    rewards = rewards_of(g["texts"])
+    g = main(f"reinforce.py {QUICK} --lr 0 --baseline {baseline} --ema-beta 0.7 --brevity-penalty-scale 2")
+    rewards = rewards_of(g["texts"], 2.0)
     assert torch.allclose(g["rewards"], rewards)
-    earlier = [record["reward"] for record in g["history"]]
-    assert earlier[2] == pytest.approx(rewards.mean().item())
+    first, second, third = [record["reward"] for record in g["history"]]
+    assert third == pytest.approx(rewards.mean().item())
     if baseline == "scst":
         greedy, *_ = g["sample"](g["model"], g["tokenizer"], g["prompts"], 24, greedy=True)
-        expected = rewards - rewards_of(greedy)
+        expected = rewards - rewards_of(greedy, 2.0)
     else:  # at the third step the average knows the first two batches, and not this one
-        known = {"none": 0.0, "mean": rewards.mean(), "ema": (0.5 * earlier[0] + earlier[1]) / 1.5}
+        known = {"none": 0.0, "mean": rewards.mean(), "ema": 0.7 * first + 0.3 * second}
         expected = rewards - known[baseline]
     assert g["advantages"].shape == (4, 1) and torch.allclose(g["advantages"][:, 0], expected, atol=1e-6)
-    with torch.no_grad():
-        logp = g["completion_logp"](g["model"], g["ids"], g["attn"], g["mask"])
+    logp = g["completion_logp"](g["model"], g["ids"], g["attn"], g["mask"])
     lengths = [int(row.sum()) for row in g["mask"]]
     by_hand = -sum(expected[i] * logp[i, : lengths[i]].sum() for i in range(4)) / 4
     assert g["loss"].item() == pytest.approx(by_hand.item(), abs=1e-3)
+    assert_same_gradient(by_hand, g["model"])
 
 
-def test_loss_by_hand():
-    logp = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]], requires_grad=True)
-    loss = policy_gradient_loss(logp, torch.tensor([[2.0], [-1.0]]))
-    assert loss.item() == pytest.approx(-(2.0 * -3.0 + -1.0 * -0.5) / 2)
-    loss.backward()
-    assert logp.grad.tolist() == [
-        [-1.0, -1.0],
-        [0.5, 0.5],
-    ]  # what was good becomes likelier, each token alike
+def assert_same_gradient(loss, model):
+    """Of a loss of our own and of the last update, which was scaled to a length of 1."""
+    ours = torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(model.parameters()))])
+    theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert ours.norm() > 1 and (ours / ours.norm() - theirs).norm() < 1e-3
+
+
+def test_the_average_starts_at_the_first_batch(main):
+    """Whose mean is then the baseline of the first step and, but for ema_beta's share, of the second."""
+    for steps in (1, 2):
+        g = main(f"reinforce.py {QUICK} --steps {steps} --lr 0 --baseline ema --ema-beta 0.7")
+        baselines = g["rewards"] - g["advantages"][:, 0]
+        assert baselines.tolist() == pytest.approx([g["history"][0]["reward"]] * 4)
 
 
 def test_leave_one_out():
@@ -114,29 +125,36 @@ def test_leave_one_out():
 def test_rloo_loop(main, tiny):
     g = main("rloo.py --steps 2 --batch-size 3 --group-size 2 --max-new-tokens 24 --lr 1e-4")
     assert len(g["prompts"]) == 6 and g["prompts"][0::2] == g["prompts"][1::2]
-    rewards = rewards_of(g["texts"])
-    assert g["advantages"][:, 0].tolist() == pytest.approx(
-        [rewards[i].item() - rewards[i ^ 1].item() for i in range(6)], abs=1e-6
-    )
+    scores = [score(text, g["args"].brevity_penalty_scale) for text in g["texts"]]
+    expected = [scores[i]["reward"] - scores[i ^ 1]["reward"] for i in range(6)]
+    assert g["advantages"][:, 0].tolist() == pytest.approx(expected, abs=1e-6)
     assert g["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-4 / 2)
     assert g["optimizer"].state[next(g["model"].parameters())]["step"] == 2  # one update a batch
     fresh, _ = tiny("llama")
     assert not any(torch.equal(a, b) for a, b in zip(g["model"].parameters(), fresh.parameters()))
-    last = g["history"][-1]
-    parts = [score(text) for text in g["texts"]]
-    assert last["ttr"] == pytest.approx(sum(p["ttr"] for p in parts) / 6)
-    assert last["words"] == pytest.approx(sum(p["words"] for p in parts) / 6)
+    for name in ("ttr", "words"):
+        assert g["history"][-1][name] == pytest.approx(sum(s[name] for s in scores) / 6)
+
+
+def test_rloo_gradient(main):
+    """With a learning rate of 0 the last gradient can be taken again: each log-prob of a whole completion times its advantage."""
+    g = main("rloo.py --steps 1 --batch-size 2 --group-size 2 --max-new-tokens 24 --lr 0")
+    logp = g["completion_logp"](g["model"], g["ids"], g["attn"], g["mask"])
+    loss = -sum(a * logp[i][g["mask"][i] == 1].sum() for i, a in enumerate(g["advantages"][:, 0])) / 4
+    assert g["loss"].item() == pytest.approx(loss.item(), abs=1e-3)
+    assert_same_gradient(loss, g["model"])
 
 
 def test_training_and_evaluation_topics_differ(main):
+    """Four texts each of six topics are evaluated; the others are trained on."""
     for module in (reinforce, rloo):
-        both = module.TRAIN + module.TEST
-        assert len(set(both)) == len(both) >= 26
-        assert all("about 40 words" in prompt and words == 40 for prompt, words in both)
+        train, test = set(module.TRAIN), set(module.TEST)
+        assert len(module.TRAIN) == len(train) == 18 and not train & test
+        assert len(test) == 6 and all(module.TEST.count(example) == 4 for example in test)
+        assert all("about 40 words" in prompt and words == 40 for prompt, words in train | test)
     for script, group in (("reinforce", ""), ("rloo", "--group-size 2")):
         g = main(f"{script}.py --steps 1 --batch-size 150 {group} --max-new-tokens 1")
-        assert {*zip(g["prompts"], g["answers"])} == set(g["TRAIN"]) and len(g["TRAIN"]) >= 20
-        assert not set(g["TRAIN"]) & set(g["TEST"]) and len(g["TEST"]) == 6
+        assert {*zip(g["prompts"], g["answers"])} == set(g["TRAIN"])
 
 
 def test_no_day_in_the_prompt_and_no_pad_in_the_texts(tiny):

@@ -11,6 +11,7 @@ import minimal_grpo
 import pytest
 import torch
 from conftest import PRESENT
+from transformers import PreTrainedTokenizerBase
 
 
 def same(a, b):
@@ -18,26 +19,20 @@ def same(a, b):
 
 
 def test_grpo(main, tiny):
-    g = main("minimal_grpo.py --steps 3 --lr 2e-5 --epsilon 0.001 --beta 0.5 --batch-size 4 --group-size 6")
+    g = main("minimal_grpo.py --steps 3 --lr 2e-5 --epsilon 0.001 --beta 0.5 --batch-size 8 --group-size 6")
     fresh, _ = tiny("qwen")
-    assert (
-        g["model"].dtype == torch.float32
-        and not g["model"].training
-        and g["tokenizer"].padding_side == "left"
-    )
+    assert g["model"].dtype == torch.float32 and not g["model"].training
     assert same(g["reference"], fresh) and not same(g["model"], fresh)
     assert not any(p.requires_grad for p in g["reference"].parameters())
     assert g["optimizer"].param_groups[0]["lr"] == pytest.approx(2e-5 / 3)
     assert g["optimizer"].state[next(g["model"].parameters())]["step"] == 3 * 2
-    assert {id(p) for p in g["model"].parameters()} == {
-        id(p) for group in g["optimizer"].param_groups for p in group["params"]
-    }
+    assert set(g["model"].parameters()) == set(g["optimizer"].param_groups[0]["params"])
 
-    groups = [g["prompts"][i : i + 6] for i in range(0, 24, 6)]
-    assert len(g["prompts"]) == 24 and all(len(set(group)) == 1 for group in groups)
+    groups = [g["prompts"][i : i + 6] for i in range(0, 48, 6)]
+    assert len(g["prompts"]) == 48 and all(len(set(group)) == 1 for group in groups)
     rewards = [minimal_grpo.score(text, answer)["reward"] for text, answer in zip(g["texts"], g["answers"])]
-    assert g["rewards"].tolist() == rewards and 0 < sum(rewards) < 24
-    for i in range(0, 24, 6):
+    assert g["rewards"].tolist() == rewards and 0 < sum(rewards) < 48
+    for i in range(0, 48, 6):
         assert g["advantages"][i : i + 6].sum().abs() < 1e-4
 
     inputs = (g["logp"], g["old_logp"], g["ref_logp"], g["advantages"])
@@ -48,32 +43,34 @@ def test_grpo(main, tiny):
     assert g["old_logp"].requires_grad is False and (g["logp"] - g["old_logp"]).abs().max() > 1e-3
     assert last["clip_frac"] > 0.05, "with a range of 0.001 the second update must clip"
     lengths = [int(row.sum()) for row in g["mask"]]
-    assert last["tokens"] == pytest.approx(sum(lengths) / 24) and last["finished"] == 1
-    assert last["reward"] == pytest.approx(sum(rewards) / 24)
+    assert last["tokens"] == pytest.approx(sum(lengths) / 48) and last["finished"] == 1
+    assert last["reward"] == pytest.approx(sum(rewards) / 48)
     with torch.no_grad():  # the KL of the last update, over real tokens only, from a model of our own
         ref_logp = minimal_grpo.completion_logp(fresh, g["ids"], g["attn"], g["mask"])
-        r = [ref_logp[i, t] - g["logp"][i, t] for i in range(24) for t in range(lengths[i])]
+        r = [ref_logp[i, t] - g["logp"][i, t] for i in range(48) for t in range(lengths[i])]
         assert last["kl"] == pytest.approx(sum((x.exp() - x - 1).item() for x in r) / len(r), rel=1e-3)
         assert last["kl"] > 1e-4
 
 
 def test_first_update_is_on_policy(main):
-    """One update a batch: the ratio is 1, nothing is clipped, and before the first update the KL is exactly 0."""
-    g = main("minimal_grpo.py --steps 1 --update-epochs 1")
-    assert torch.equal(g["logp"].detach(), g["old_logp"])
+    """The ratio is exactly 1, nothing is clipped, and before the first step the KL is exactly 0."""
+    g = main("minimal_grpo.py --steps 1 --update-epochs 1 --batch-size 2")
+    assert torch.equal(g["logp"], g["old_logp"]) and not g["old_logp"].requires_grad
     assert (g["history"][0]["kl"], g["history"][0]["clip_frac"]) == (0, 0)
 
 
 def test_no_reference_at_beta_0(main):
-    g = main("minimal_grpo.py --steps 2 --beta 0")
+    g = main("minimal_grpo.py --steps 2 --beta 0 --batch-size 2")
     assert g["reference"] is None and len(g["history"]) == 2 and "kl" not in g["history"][0]
 
 
 def test_cut_off_completions_are_counted(main):
-    g = main("minimal_grpo.py --steps 1 --max-new-tokens 4")
-    assert g["mask"].shape[1] == 4 and 0 < g["history"][0]["finished"] < 1
-    ended = [bool((row == 0).any()) or text.isdigit() for row, text in zip(g["mask"], g["texts"])]
-    assert g["history"][0]["finished"] == pytest.approx(sum(ended) / len(ended))
+    """One that ends at the limit, with its end-of-turn token, is not cut off."""
+    g = main("minimal_grpo.py --steps 1 --max-new-tokens 8")
+    ends = g["model"].generation_config.eos_token_id
+    ended = [any(token in ends for token in row) for row in g["ids"][:, -8:].tolist()]
+    assert g["mask"].shape[1] == 8 and 0 < sum(ended) < 64
+    assert g["history"][0]["finished"] == pytest.approx(sum(ended) / 64)
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(main, tiny, monkeypatch, capsys):
@@ -83,7 +80,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(main, tiny, mon
     stepped = []
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: stepped.append(self))
     with pytest.raises(RuntimeError, match="non-finite"):
-        main("minimal_grpo.py --steps 2")
+        main("minimal_grpo.py --steps 2 --batch-size 2")
     assert not stepped and "after 2 steps" not in capsys.readouterr().out
 
 
@@ -91,7 +88,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(main, tiny, mon
 def test_gradients_are_made_anew_and_scaled_to_1(main, script):
     """With a learning rate of 0 the last gradient can be taken again: from the last loss alone, scaled down to 1."""
     critic = " --critic-lr 0" if script == "minimal_ppo" else ""
-    g = main(f"{script}.py --steps 2 --lr 0 --batch-size 6{critic}")
+    g = main(f"{script}.py --steps 2 --lr 0 --batch-size 4{critic}")
     for part in ("model", "critic") if critic else ("model",):
         norm = torch.stack([p.grad.norm() for p in g[part].parameters()]).norm()
         assert norm <= 1 + 1e-4
@@ -108,37 +105,55 @@ def test_each_update_starts_without_a_gradient(main, monkeypatch, script):
     """Seen by the optimizer's own step: what it applies is the gradient of one backward pass, not of all so far."""
     backward, passes = torch.Tensor.backward, []
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: (passes.append(self), backward(self))[1])
-    cleared, zero_grad = [], torch.optim.Adam.zero_grad
-    monkeypatch.setattr(
-        torch.optim.Adam, "zero_grad", lambda self: (cleared.append(len(passes)), zero_grad(self))[1]
-    )
-    main(f"{script}.py --steps 3 --batch-size 2")
+    zero_grad, cleared = torch.optim.Adam.zero_grad, []
+    clear = lambda self: (cleared.append(len(passes)), zero_grad(self))[1]  # noqa: E731
+    monkeypatch.setattr(torch.optim.Adam, "zero_grad", clear)
+    main(f"{script}.py --steps 3 --batch-size 2 --max-new-tokens 8")
     each = 2 if script == "minimal_ppo" else 1  # policy and critic
     assert cleared == [n for n in range(len(passes)) for _ in range(each)] and len(passes) >= 3
 
 
+def reward_of_a_sum(prompt, text):
+    """Split at the tags: just one opening and one closing one, and the sum between them."""
+    parts = re.split("(</?answer>)", text)
+    a, b = map(int, re.findall(r"\d", prompt))
+    return {"reward": float(parts[1::2] == ["<answer>", "</answer>"] and parts[2] == str(a + b))}
+
+
+def scores_of_a_text(prompt, text):
+    """With a --brevity-penalty-scale of 0.5: half a word for each word missing or too many."""
+    words = re.sub("[^a-z' ]", " ", text.lower()).split()
+    distinct, counted = len(set(words[:40])), len(words[:40])
+    reward = distinct / (counted + abs(len(words) - 40) / 2)
+    return {"reward": reward, "ttr": distinct / counted, "words": len(words)}
+
+
 @pytest.mark.parametrize("script", [name for name in PRESENT if not name.startswith("gsm8k")])
-def test_evaluation(main, tiny, tmp_path, capsys, script):
-    """Means over all of TEST, greedy, counted again here one completion at a time; the last one is shown."""
-    g = main(f"{script}.py --steps 1 --batch-size 2 --max-new-tokens 40 --log {tmp_path / 'log'}")
+def test_evaluation(main, tiny, tmp_path, monkeypatch, capsys, script):
+    """Means over all of TEST at temperature 1: drawn again with the same random numbers and counted by hand; the last is shown."""
+    states, template = [], PreTrainedTokenizerBase.apply_chat_template
+
+    def watched(self, chats, **kwargs):
+        states.append(torch.get_rng_state())
+        return template(self, chats, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", watched)
+    sums = script.startswith("minimal")
+    flags = (
+        f"--steps 1 --lr 1e-6 --batch-size 2 --log {tmp_path / 'log'}"  # at a higher rate, texts may be wild
+    )
+    g = main(f"{script}.py {flags}{'' if sums else ' --brevity-penalty-scale 0.5'}")
     first, *_, last = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    out = capsys.readouterr().out
-    qwen = script.startswith("minimal")
+    lines = capsys.readouterr().out.splitlines()
     prompts = [prompt for prompt, _ in g["TEST"]]
-    assert len(prompts) == (100 if qwen else 6)
-    for record, model in ((first, tiny("qwen" if qwen else "llama")[0]), (last, g["model"])):
-        texts = [g["sample"](model, g["tokenizer"], [q], 40, greedy=True)[0][0] for q in prompts]
-        if qwen:
-            right = [
-                re.fullmatch(r"[^<>]*<answer>(\d+)</answer>[^<>]*", t) for t in texts
-            ]  # tiny-qwen writes no other tag
-            sums = [m and int(m[1]) == sum(map(int, re.findall(r"\d", q))) for m, q in zip(right, prompts)]
-            expected = {"reward": sum(map(bool, sums)) / 100}
-        else:
-            words = [re.sub(r"[^a-z' ]", " ", t.lower()).split() for t in texts]
-            ttr = [len(set(w)) / len(w) for w in words]
-            rewards = [t - max(0, 40 - len(w)) / 40 for t, w in zip(ttr, words)]
-            expected = {"reward": sum(rewards) / 6, "ttr": sum(ttr) / 6, "words": sum(map(len, words)) / 6}
-        assert record["eval"] == {name: pytest.approx(x, abs=1e-6) for name, x in expected.items()}
-        assert f"{prompts[-1]!r} -> {texts[-1]!r}" in out
-        assert all(f"{name} {x:.4g}" in out for name, x in expected.items())
+    assert len(prompts) == (100 if sums else 24)
+    before, after = tiny("qwen" if sums else "llama")[0], g["model"]
+    for record, line, state, model in ((first, 1, states[0], before), (last, -2, states[-1], after)):
+        torch.set_rng_state(state)
+        texts, *_ = g["sample"](model, g["tokenizer"], prompts, g["args"].max_new_tokens)
+        scores = [(reward_of_a_sum if sums else scores_of_a_text)(*pair) for pair in zip(prompts, texts)]
+        means = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+        assert record == {"step": record["step"], "eval": pytest.approx(means)}
+        shown = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+        assert lines[line] == f"after {record['step']} steps, sampled, {len(prompts)} prompts: {shown}"
+        assert lines[line + 1] == f"    {prompts[-1]!r} -> {texts[-1]!r}"

@@ -72,17 +72,15 @@ def test_clip(ratio, advantage, flows):
 def test_a_value_is_of_what_comes_before_its_token(tiny):
     critic, tokenizer = tiny("qwen")
     torch.manual_seed(0)
-    prompts = ["What is 3 + 8?", "Hi there, what is it?"] * 3
-    _, ids, attn, mask, _ = minimal_ppo.sample(critic, tokenizer, prompts, 12)
+    prompts = ["What is 3 + 8?", "Hi there, what is it?"] * 2
+    _, ids, attn, mask, _ = minimal_ppo.sample(critic, tokenizer, prompts, 8)
     critic.lm_head.weight = torch.nn.Parameter(torch.randn(1, 128))
     values = minimal_ppo.critic_values(critic, ids, attn, mask)
     for i in range(len(ids)):
         row, n = ids[i][attn[i] == 1], int(mask[i].sum())
         for t in range(n):  # the text up to token t, without it, run alone
-            alone = (
-                critic.model(row[None, : len(row) - n + t]).last_hidden_state[0, -1]
-                @ critic.lm_head.weight[0]
-            )
+            hidden = critic.model(row[None, : len(row) - n + t]).last_hidden_state[0, -1]
+            alone = hidden @ critic.lm_head.weight[0]
             assert values[i, t].item() == pytest.approx(alone.item(), abs=1e-2, rel=1e-4)
         assert (values[i, n:] == 0).all()
 
@@ -93,16 +91,15 @@ OPTIMIZERS = {"optimizer": "model", "critic_optimizer": "critic"}
 def test_loop(main, tiny):
     g = main("minimal_ppo.py --steps 2 --lr 1e-5 --critic-lr 1e-4 --beta 0.3 --gamma 0.9 --lam 0.7")
     fresh, _ = tiny("qwen")
-    params = dict(g["model"].named_parameters())
-    known = {name: {id(p) for p in g[name].param_groups[0]["params"]} for name in OPTIMIZERS}
     for name, p in fresh.named_parameters():
-        assert not torch.equal(p, params[name]), f"{name} of the policy did not move"
         assert torch.equal(p, g["reference"].get_parameter(name)), f"{name} of the reference moved"
+        if p.dim() == 2:  # the gains are too large to move by lr
+            assert not torch.equal(p, g["model"].get_parameter(name)), f"{name} of the policy did not move"
     for name, p in g["critic"].named_parameters():
         start = torch.zeros_like(p) if name == "lm_head.weight" else fresh.get_parameter(name)
-        assert not torch.equal(p, start), f"{name} of the critic did not move"
+        assert p.dim() == 1 or not torch.equal(p, start), f"{name} of the critic did not move"
     for name, trained in OPTIMIZERS.items():
-        assert known[name] == {id(p) for p in g[trained].parameters()}
+        assert set(g[name].param_groups[0]["params"]) == set(g[trained].parameters())
     assert [g[name].param_groups[0]["lr"] for name in OPTIMIZERS] == pytest.approx([1e-5 / 2, 1e-4])
     assert g["critic_optimizer"].state[g["critic"].lm_head.weight]["step"] == 4
 
@@ -117,14 +114,13 @@ def test_loop(main, tiny):
     kls = (g["old_logp"] - ref_logp)[g["mask"] == 1]
     assert g["history"][-1]["kl"] == pytest.approx(kls.mean().item(), abs=1e-5)
     real = g["advantages"][g["mask"] == 1]
-    assert real.mean().abs() < 1e-5 and 0.999 < real.std().item() < 1  # 1e-4 in the divisor
+    assert real.mean().abs() < 1e-5 and 0.999 < real.std(correction=0).item() < 1  # 1e-4 in the divisor
 
 
 def test_what_the_last_update_saw(main):
     """One update a batch, so that its log-probs and values are those of sampling time, at a second step (values not 0)."""
-    g = main(
-        "minimal_ppo.py --steps 2 --update-epochs 1 --gamma 0.9 --lam 0.7 --epsilon 0.3 --critic-lr 1e-4"
-    )
+    flags = "--steps 2 --batch-size 16 --update-epochs 1 --gamma 0.9 --lam 0.7 --critic-lr 1e-4"
+    g = main(f"minimal_ppo.py {flags}")
     assert torch.equal(g["values"].detach(), g["old_values"]) and g["old_values"].abs().max() > 1e-3
     for i, n in enumerate(g["mask"].sum(1).int().tolist()):
         v, r = [*g["old_values"][i, :n].tolist(), 0.0], g["token_rewards"][i].tolist()
@@ -134,7 +130,7 @@ def test_what_the_last_update_saw(main):
 
 
 def test_the_clip_range_is_the_flag(main):
-    g = main("minimal_ppo.py --steps 1 --epsilon 0.001 --lr 2e-5")
+    g = main("minimal_ppo.py --steps 1 --batch-size 16 --epsilon 0.001 --lr 2e-5")
     inputs = (g[name] for name in ("logp", "old_logp", "advantages", "values", "returns"))
     token_loss, _ = minimal_ppo.ppo_loss(*inputs, 0.001)
     loss = token_loss[g["mask"] == 1].mean()
@@ -144,22 +140,28 @@ def test_the_clip_range_is_the_flag(main):
 def test_first_values_are_0_and_returns_are_not_whitened(main):
     """With a critic that starts at 0, gamma = lam = 1 and no KL, each return is the completion's reward itself."""
     g = main("minimal_ppo.py --steps 1 --beta 0 --lam 1 --update-epochs 1")
-    assert g["reference"] is None and "kl" not in g["history"][0] and (g["old_values"] == 0).all()
+    assert g["reference"] is None and g["history"][0]["kl"] == 0 and (g["old_values"] == 0).all()
     assert torch.allclose(g["returns"], g["rewards"][:, None] * g["mask"])
     assert 0 < g["rewards"].mean() < 1
 
 
+def test_one_token_is_a_batch(main):
+    """Whose advantage, the distance from its own mean, is 0."""
+    g = main("minimal_ppo.py --steps 1 --batch-size 1 --max-new-tokens 1")
+    assert g["mask"].tolist() == [[1.0]] and g["advantages"].tolist() == [[0.0]]
+
+
 def test_the_critic_is_worth_its_cost(main):
-    """After eight small batches the critic's squared error is below the variance of the returns: it knows more than their mean."""
-    g = main("minimal_ppo.py --steps 8 --batch-size 4")
+    """After eight batches the critic's squared error is below the variance of the returns: it knows more than their mean."""
+    g = main("minimal_ppo.py --steps 8 --batch-size 32")
     torch.manual_seed(1)
     prompts, answers = zip(*minimal_ppo.TEST * 3)
     with torch.no_grad():
         texts, ids, attn, mask, _ = g["sample"](g["model"], g["tokenizer"], prompts, 48)
         values = minimal_ppo.critic_values(g["critic"], ids, attn, mask)
-        kl = minimal_ppo.completion_logp(g["model"], ids, attn, mask) - minimal_ppo.completion_logp(
-            g["reference"], ids, attn, mask
-        )
+        logp, ref_logp = (minimal_ppo.completion_logp(g[m], ids, attn, mask) for m in ("model", "reference"))
     rewards = torch.tensor([minimal_grpo.score(t, a)["reward"] for t, a in zip(texts, answers)])
-    returns = (-0.05 * kl).flip(1).cumsum(1).flip(1) + rewards[:, None]  # all that is still to come
+    returns = (-0.05 * (logp - ref_logp)).flip(1).cumsum(1).flip(1) + rewards[
+        :, None
+    ]  # all that is still to come
     assert ((values - returns)[mask == 1] ** 2).mean() < 0.9 * returns[mask == 1].var()

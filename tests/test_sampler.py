@@ -1,12 +1,16 @@
 """The sampler against the training pass: each token's log-prob when drawn is its log-prob in the loss.
 
 Catches a missing or shifted mask, a temperature on one side only, an off-by-one target, a cache fed with the wrong mask, an
-end-of-turn token that is not trained, and a finished row that goes on.
+end-of-turn token that is not trained, a finished row that goes on, and log-probs that need more memory than they must.
 """
+
+from types import SimpleNamespace
 
 import minimal_grpo
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PROMPTS = [
     "What is 3 + 8?",
@@ -25,8 +29,10 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[(name, case) for name in ("qwen", "llama") for case in CASES], ids=" ".join)
-def rollout(request, tiny, monkeypatch):
+@pytest.fixture(
+    scope="module", params=[(name, case) for name in ("qwen", "llama") for case in CASES], ids=" ".join
+)
+def rollout(request, tiny):
     """A mixed-length batch with the log-prob each token had when torch.multinomial drew it: (N, C)."""
     name, case = request.param
     model, tokenizer = tiny(name)
@@ -38,9 +44,10 @@ def rollout(request, tiny, monkeypatch):
         drawn.append(probs.gather(1, tokens).log())
         return tokens
 
-    monkeypatch.setattr(torch, "multinomial", watched)
     torch.manual_seed(0)
-    texts, ids, attn, mask, finished = minimal_grpo.sample(model, tokenizer, PROMPTS, 80)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", watched)
+        texts, ids, attn, mask, finished = minimal_grpo.sample(model, tokenizer, PROMPTS, 80)
     return case, model, tokenizer, ids, attn, mask, texts, finished, torch.cat(drawn, 1)
 
 
@@ -100,3 +107,35 @@ def test_prompts_as_the_template_writes_them(tiny):
             )
             assert tokenizer.decode(ids[i][attn[i] == 1]) == text  # one BOS, no date of today
             assert attn[i].tolist() == sorted(attn[i].tolist()), "padding belongs on the left"
+
+
+class Live(TorchDispatchMode):
+    """Counts the tensors of `size` numbers or more that are alive at the same time, saved for backward or not."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.made, self.peak = size, set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() >= self.size:
+            self.made.add(StorageWeakRef(out.untyped_storage()))
+        self.peak = max(self.peak, sum(not storage.expired() for storage in self.made))
+        return out
+
+
+@pytest.mark.parametrize("gradients, most", [(True, 3), (False, 2)])
+def test_memory(gradients, most):
+    """Of (N, C, V), which a vocabulary of 150,000 makes the largest by far: logits, log-probs and one gradient."""
+    N, C, V = 2, 5, 1000
+    head = torch.ones(1, V, requires_grad=gradients)
+
+    def model(ids, logits_to_keep, **kwargs):
+        return SimpleNamespace(logits=torch.ones(N, logits_to_keep, 1) @ head)
+
+    ids = torch.ones(N, 3 + C, dtype=torch.long)
+    with Live(N * C * V) as live:
+        logp = minimal_grpo.completion_logp(model, ids, ids, torch.ones(N, C))
+        if gradients:
+            logp.sum().backward()
+    assert logp.shape == (N, C) and live.peak == most

@@ -172,7 +172,7 @@ def trainer(tiny, tmp_path_factory):
     return trainer
 
 
-FLAGS = "--steps 1 --batch-size 5 --group-size 4 --max-new-tokens 8 --lr 5e-5 --update-epochs 4 --beta 0.04"
+FLAGS = "--steps 1 --batch-size 8 --group-size 4 --max-new-tokens 12 --lr 3e-6 --update-epochs 4 --beta 0.04 --seed 1"
 LOSSES = {  # what TRL calls them
     "dr_grpo": {"loss_type": "dr_grpo"},
     "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
@@ -212,7 +212,7 @@ def test_loss_and_gradient_are_trls(trainer, last_update, monkeypatch, name):
     assert ratio.min() < 0.9 and ratio.max() > 1.1
     trainer.logp = g["logp"].detach().clone().requires_grad_()
     settings = {"importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.04}
-    for setting, value in (settings | {"max_completion_length": 8} | LOSSES[name]).items():
+    for setting, value in (settings | {"max_completion_length": 12} | LOSSES[name]).items():
         monkeypatch.setattr(trainer, setting, value)
     P = g["ids"].shape[1] - g["mask"].shape[1]
     inputs = {
@@ -336,11 +336,9 @@ def test_distillation_has_nothing_to_learn_from_itself(last_update):
     assert g["logp"].grad.abs().max() < 1e-6 and g["loss"].abs() < 1e-6
 
 
-@pytest.mark.parametrize("other, cause", [("tests/tiny-llama", "another vocabulary"), ("missing", "missing")])
-def test_a_teacher_that_will_not_do(main, tmp_path, other, cause):
-    with pytest.raises(SystemExit) as end:
-        main(f"{patched('on_policy_distillation', tmp_path)} --teacher {other}")
-    assert f"--teacher {other}" in end.value.code and cause in end.value.code
+def test_a_teacher_of_another_vocabulary_is_an_error(main, tmp_path):
+    with pytest.raises(AssertionError, match="another vocabulary"):
+        main(f"{patched('on_policy_distillation', tmp_path)} --teacher tests/tiny-llama")
 
 
 def test_reward_model(main, variant, tiny, tmp_path):
@@ -352,7 +350,8 @@ def test_reward_model(main, variant, tiny, tmp_path):
     assert ours.item() == pytest.approx(sum(losses) / 4, rel=1e-6)
     assert variant("reward_model").bradley_terry_loss(predicted, torch.ones(6), 3) == 0
 
-    g = main(f"{patched('reward_model', tmp_path)} --steps 1 --reward-steps 3 --batch-size 4")
+    flags = "--steps 1 --reward-steps 3 --reward-lr 1e-4 --batch-size 4"  # less would be rounded away in the large gains
+    g = main(f"{patched('reward_model', tmp_path)} {flags}")
     judge, fresh = g["reward_model"], tiny("qwen")[0]
     assert not any(p.requires_grad for p in judge.parameters()) and judge.lm_head.weight.shape == (1, 128)
     for name, p in judge.named_parameters():
@@ -379,7 +378,7 @@ def test_lora(main, variant, tiny, tmp_path):
     assert len(adapters) == 2 * 7 * model.config.num_hidden_layers  # q k v o, gate up down
     with torch.no_grad():
         for a in adapters:
-            a += 0.01 * torch.randn_like(a)
+            a += 0.002 * torch.randn_like(a)  # times inputs that tests/make_tiny.py made large
         changed = module.completion_logp(model, ids, attn, mask)
         assert (changed - before).abs().max() > 0.01
         layer, x = model.model.layers[1].mlp.up_proj, torch.randn(3, 128)
@@ -438,11 +437,12 @@ def test_shared_prompts_of_mixed_groups_are_an_error(variant, tiny):
 
 
 @pytest.mark.parametrize("kind", ["lfm2", "qwen3-next", "qwen3.5"])
-def test_shared_prompts_are_refused_where_they_cannot_work(variant, kind):
+def test_shared_prompts_end_where_they_cannot_work(variant, kind):
+    """Rather than to go on with a state that was not copied for the rows of the group."""
     if kind not in KINDS:
         pytest.skip("not in the installed transformers")
     model, tokenizer = random_model(kind, "two", "own")
-    with pytest.raises(SystemExit, match="keys and values"):
+    with pytest.raises(AttributeError, match="batch_repeat_interleave"):
         variant("shared_prompts").sample(model, tokenizer, ["Hi"] * 4, 4, 2)
 
 
@@ -547,6 +547,7 @@ def test_ipo_is_squared(main, tmp_path):
 def test_it_learns(main, tmp_path, teacher, name):
     """Eight steps on one seed, for time; all variants, three seeds and thirty steps: tests/make_variants.py."""
     flags = f"--steps 8 --seed 3 --log {tmp_path / 'log'}"
+    flags += " --lr 3e-6" if name == "online_dpo" else ""  # it learns from few of its completions
     flags += f" --teacher {teacher}" if name == "on_policy_distillation" else ""
     main(f"{patched(name, tmp_path)} {flags}")
     log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
