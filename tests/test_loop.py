@@ -156,4 +156,4 @@ def test_evaluation(main, tiny, tmp_path, monkeypatch, capsys, script):
         assert record == {"step": record["step"], "eval": pytest.approx(means)}
         shown = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
         assert lines[line] == f"after {record['step']} steps, sampled, {len(prompts)} prompts: {shown}"
-        assert lines[line + 1] == f"    {prompts[-1]!r} -> {texts[-1]!r}"
+        assert lines[line + 1] == f"    {prompts[-1]!a} -> {texts[-1]!a}"
