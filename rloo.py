@@ -52,7 +52,7 @@ def score(text, answer):
     """ttr: distinct words / words, of the first 40 words. reward: that, with a penalty for the length."""
     words = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())  # "don't" is one word
     first = words[:answer]
-    penalty = args.brevity_penalty_scale * abs(len(words) - answer)
+    penalty = args.brevity_penalty_scale * abs(len(words) - answer)  # after PATTR (arXiv 2507.15092)
     ttr = len(set(first)) / max(1, len(first))
     reward = len(set(first)) / max(1, len(first) + penalty)
     return {"reward": reward, "ttr": ttr, "words": len(words)}

@@ -37,7 +37,7 @@ def methods(folder):
     per_step = {"minimal_sft": (8, GREEN), "minimal_dpo": (16, ORANGE)}
     per_step |= {"minimal_grpo": (64, BLUE), "minimal_ppo": (64, PURPLE)}
     for name, (completions, color) in per_step.items():
-        runs = [[r["sampled"] for r in run if "sampled" in r] for run in logs(folder, name)]
+        runs = [[r["sampled"] for r in run if "sampled" in r] for run in logs(folder, name)[:2]]
         x = [completions * (step + 1) for step in range(len(runs[0]))]
         band(axes, x, runs, color, name.removeprefix("minimal_").upper())
     axes.set(xscale="log", xlabel="completions trained on (given or sampled)", ylim=(0, 1.02))
