@@ -154,7 +154,7 @@ def test_grpo_kl_differs_from_the_default_as_stated(grpo):
     with torch.no_grad():
         logp = minimal_grpo.completion_logp(trainer.model, ids, attn, mask)
         torch.manual_seed(1)
-        old_logp, ref_logp = (logp + 0.3 * torch.randn_like(logp) * mask for _ in range(2))
+        old_logp, ref_logp = (logp + 0.6 * torch.randn_like(logp) * mask for _ in range(2))
         moved = batch | {"old_per_token_logps": old_logp, "ref_per_token_logps": ref_logp}
         trainer.args.use_bias_correction_kl = True
         theirs = trainer._compute_loss(trainer.model, moved)

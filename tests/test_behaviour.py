@@ -282,6 +282,8 @@ def test_a_character_that_the_terminal_lacks(main, monkeypatch, tmp_path, script
     else:
         answer = 40 if KIND[script] == "llama" else "'好'"
         task = f"TRAIN = TEST = [('好', {answer})]\n"
+        if script == "minimal_dpo":  # its own one counts on numbers
+            task += "preference_pair = lambda prompt, answer: (answer, 'no')\n"
         old = 'if __name__ == "__main__":\n'
         path, flags = copy_with(script, tmp_path, old, task + old), ""
     seen = terminal(monkeypatch)

@@ -19,12 +19,12 @@ def same(a, b):
 
 
 def test_grpo(main, tiny):
-    g = main("minimal_grpo.py --steps 3 --lr 2e-5 --epsilon 0.001 --beta 0.5 --batch-size 8 --group-size 6")
+    g = main("minimal_grpo.py --steps 3 --epsilon 0.001 --beta 0.5 --batch-size 8 --group-size 6")
     fresh, _ = tiny("qwen")
     assert g["model"].dtype == torch.float32 and not g["model"].training
     assert same(g["reference"], fresh) and not same(g["model"], fresh)
     assert not any(p.requires_grad for p in g["reference"].parameters())
-    assert g["optimizer"].param_groups[0]["lr"] == pytest.approx(2e-5 / 3)
+    assert g["optimizer"].param_groups[0]["lr"] == pytest.approx(g["args"].lr / 3)
     assert g["optimizer"].state[next(g["model"].parameters())]["step"] == 3 * 2
     assert set(g["model"].parameters()) == set(g["optimizer"].param_groups[0]["params"])
 

@@ -89,7 +89,7 @@ OPTIMIZERS = {"optimizer": "model", "critic_optimizer": "critic"}
 
 
 def test_loop(main, tiny):
-    g = main("minimal_ppo.py --steps 2 --lr 1e-5 --critic-lr 1e-4 --beta 0.3 --gamma 0.9 --lam 0.7")
+    g = main("minimal_ppo.py --steps 2 --critic-lr 1e-4 --beta 0.3 --gamma 0.9 --lam 0.7")
     fresh, _ = tiny("qwen")
     for name, p in fresh.named_parameters():
         assert torch.equal(p, g["reference"].get_parameter(name)), f"{name} of the reference moved"
@@ -100,7 +100,7 @@ def test_loop(main, tiny):
         assert p.dim() == 1 or not torch.equal(p, start), f"{name} of the critic did not move"
     for name, trained in OPTIMIZERS.items():
         assert set(g[name].param_groups[0]["params"]) == set(g[trained].parameters())
-    assert [g[name].param_groups[0]["lr"] for name in OPTIMIZERS] == pytest.approx([1e-5 / 2, 1e-4])
+    assert [g[name].param_groups[0]["lr"] for name in OPTIMIZERS] == pytest.approx([g["args"].lr / 2, 1e-4])
     assert g["critic_optimizer"].state[g["critic"].lm_head.weight]["step"] == 4
 
     rewards = [minimal_grpo.score(t, a)["reward"] for t, a in zip(g["texts"], g["answers"])]
@@ -130,7 +130,7 @@ def test_what_the_last_update_saw(main):
 
 
 def test_the_clip_range_is_the_flag(main):
-    g = main("minimal_ppo.py --steps 1 --batch-size 16 --epsilon 0.001 --lr 2e-5")
+    g = main("minimal_ppo.py --steps 1 --batch-size 16 --epsilon 0.001")
     inputs = (g[name] for name in ("logp", "old_logp", "advantages", "values", "returns"))
     token_loss, _ = minimal_ppo.ppo_loss(*inputs, 0.001)
     loss = token_loss[g["mask"] == 1].mean()

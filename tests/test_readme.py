@@ -99,7 +99,7 @@ def test_the_diff_is_the_variants(tmp_path):
 
 def test_the_shown_output(main, capsys):
     """Of a first step: the same lines, the same names in the same order. Numbers may differ between machines."""
-    main("minimal_grpo.py --steps 1 --max-new-tokens 12")
+    main("minimal_grpo.py --steps 1")
     printed = capsys.readouterr().out.splitlines()
     shown = re.findall(r"^    (.+)$", README.split("Some lines of the output:")[1], re.MULTILINE)[:10]
 

@@ -43,7 +43,7 @@ def test_qwen_on_sums(tiny):
     sampled, best = best_of_8(
         *tiny("qwen"), prompts, 48, lambda i, text: minimal_grpo.score(text, answers[i])["reward"]
     )
-    assert 0.05 <= sampled <= 0.30 and best >= 0.60
+    assert 0.05 <= sampled <= 0.45 and best >= 0.60
 
 
 def test_qwen_on_word_problems(tiny, monkeypatch):
