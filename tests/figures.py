@@ -97,7 +97,7 @@ def styles(folder):
             bottom.add_patch(patch)
             place = {"va": "top", "fontsize": 13, "transform": bottom.transAxes}
             bottom.text(x + 0.03, y - 0.1 * row, count, weight="bold", **place)
-            bottom.text(x + 0.07, y - 0.1 * row, text, **place)
+            bottom.text(x + 0.07, y - 0.1 * row, text.replace("\n", " "), **place)
     figure.savefig(FIGURES / "styles.png")
 
 

@@ -232,7 +232,7 @@ def test_loss_and_gradient_are_trls(trainer, last_update, monkeypatch, name):
     assert (gradient - trainer.logp.grad).norm() <= 1e-5 * gradient.norm() and gradient.norm() > 1e-3
     base, _ = minimal_grpo.grpo_loss(g["logp"], g["old_logp"], g["ref_logp"], g["advantages"], 0.2, 0.04)
     base = (base * g["mask"]).sum() / g["mask"].sum()
-    assert abs(base.item() - theirs.item()) > 1e-3, "the base's loss must not pass for the variant's"
+    assert abs(base.item() - theirs.item()) > 1e-4, "the base's loss must not pass for the variant's"
 
 
 def test_simpo_is_trls(variant):
