@@ -239,6 +239,16 @@ def test_grpo_in_the_loop(main, tiny):
     assert g["history"][-1]["kl"] == pytest.approx(0, abs=1e-6)
 
 
+def test_old_and_reference_log_probs_are_those_of_before(main, tiny):
+    """Of each micro-batch, and still in the second update, which moves away from them."""
+    g = main(f"gsm8k_grpo.py --steps 1 {QUICK} --micro-batch-size 3 --epsilon 0.001")
+    with torch.no_grad():
+        before = g["completion_logp"](tiny("qwen")[0], g["ids"], g["attn"], g["mask"])
+    for name in ("old_logp", "ref_logp"):
+        assert (g[name] - before).abs().max() < 1e-3 and not g[name].requires_grad
+    assert g["history"][0]["clip_frac"] > 0.05 and g["history"][0]["kl"] > 0
+
+
 @BOTH
 def test_a_batch_that_teaches_nothing_is_a_step(main, script):
     g = main(f"{script}.py --steps 2 --batch-size 2 --group-size 2 --max-new-tokens 1 --eval-size 2")
