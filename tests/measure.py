@@ -3,10 +3,14 @@
 uv run tests/measure.py LOGS                   all runs, two processes of one thread at a time, logs into the folder LOGS; then
                                                each script once alone, for its seconds
 uv run tests/measure.py LOGS exercise seconds  only what starts so
+uv run tests/measure.py real QWEN SMOLLM       two real models (Hub ids or folders): the sums on the first, the texts on the second
 
 Every run is the script itself, with its default flags but for those named here. Into the four arithmetic scripts one line is put, on seeds 0
 and 1: after each step it samples one completion for each of the 100 sums, and eight for one prompt, with random numbers of its own. The
 exercises of the README are the script with a few lines changed, named below.
+
+The real runs go one after the other, with one thread per core, and take hours on a CPU. Each leaves its log in tests/real/, without most
+of the completions. A run whose log is there is not done again, so the command can be stopped and given again.
 """
 
 import concurrent.futures
@@ -15,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -60,6 +65,14 @@ EXERCISES = {
         [(LEXICAL_REWARD, '"reward": reward - 1,')],
     ),
 }
+REAL = {  # the model's place among the arguments, flags; fewer completions than by default, for time's sake
+    "minimal_sft": (0, ""),
+    "minimal_dpo": (0, ""),
+    "minimal_grpo": (0, "--batch-size 4 --group-size 6"),
+    "minimal_ppo": (0, "--batch-size 24"),
+    "reinforce": (1, ""),
+    "rloo": (1, ""),
+}
 YOURS = [  # "Make it yours" in the README
     ("Give the result in XML tags.", "Answer in a sentence."),
     (
@@ -90,7 +103,7 @@ def jobs():
 
 
 def run(folder, name, seed, script, flags, changes, threads="1"):
-    """One run: its records, and the seconds from the first evaluation to the last step."""
+    """One run: its records, the seconds from the first evaluation to the last step, and the peak memory in GiB."""
     source = (ROOT / f"{script}.py").read_text()
     for old, new in changes:
         assert source.count(old) == 1, f"{name}: {old!r} stands in {script}.py {source.count(old)} times"
@@ -112,18 +125,20 @@ def run(folder, name, seed, script, flags, changes, threads="1"):
                 started = started or time.perf_counter()
             if line.startswith("step "):
                 ended = time.perf_counter()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, f"{name}, seed {seed}"
     records = [json.loads(line) for line in log.read_text().splitlines()]
     seconds = ended - started
     evaluations = [record["eval"] for record in records if "eval" in record]
     print(f"{name}, seed {seed}: {evaluations[0]} to {evaluations[-1]}, {seconds:.1f} s", flush=True)
-    return records, seconds
+    return records, seconds, usage.ru_maxrss / 2**20  # which Linux gives in KiB
 
 
 def summary(runs):
     """What the READMEs need of one script's seeds: evaluations, seconds, means over the steps."""
-    evaluations = [[r["eval"] for r in records if "eval" in r] for records, _ in runs]
-    steps = [[r for r in records if "eval" not in r and "sampled" not in r] for records, _ in runs]
+    evaluations = [[r["eval"] for r in records if "eval" in r] for records, *_ in runs]
+    steps = [[r for r in records if "eval" not in r and "sampled" not in r] for records, *_ in runs]
     result = {"evaluations": evaluations}
     for metric in ("reward", "clip_frac", "grad_norm"):
         if all(metric in r for run in steps for r in run):
@@ -133,7 +148,48 @@ def summary(runs):
     return result
 
 
+def real(models):
+    """The real runs that are still missing, then what the READMEs need of all of them."""
+    for seed in range(2):
+        for script, (place, flags) in REAL.items():
+            path = ROOT / f"tests/real/{script}-{seed}.jsonl"
+            if path.exists():
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                job = (script, seed, script, f"{flags} --model {models[place]}", [], str(os.cpu_count()))
+                records, seconds, peak = run(Path(folder), *job)
+            steps = [record for record in records if "eval" not in record]
+            for record in steps[1:-1]:
+                record.pop("samples", None)
+            for record in (steps[0], steps[-1]):
+                if "samples" in record:
+                    record["samples"] = record["samples"][:8]
+            records.append({"seconds_per_step": round(seconds / len(steps), 1), "peak_gib": round(peak, 1)})
+            path.write_text("".join(json.dumps(record) + "\n" for record in records))
+            write_real()
+
+
+def write_real():
+    """The real runs of tests/real/ into results.json: evaluations, each step's metrics, seconds and memory."""
+    results = json.loads(RESULTS.read_text())
+    results["real"] = {}
+    for script in REAL:
+        runs = []
+        for path in sorted((ROOT / "tests/real").glob(f"{script}-?.jsonl")):
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            steps = [record for record in records if "step" in record and "eval" not in record]
+            runs.append({"evaluations": [record["eval"] for record in records if "eval" in record]})
+            for metric in ("reward", "kl", "finished", "words", "ttr"):
+                if metric in steps[0]:
+                    runs[-1][metric] = [record[metric] for record in steps]
+            runs[-1] |= records[-1] if "peak_gib" in records[-1] else {}
+        results["real"][script] = runs
+    write(results)
+
+
 def main():
+    if sys.argv[1] == "real":
+        return real(sys.argv[2:])
     folder = Path(sys.argv[1]).resolve()
     folder.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
