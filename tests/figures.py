@@ -1,8 +1,11 @@
-"""Draws the READMEs' figures from the logs that tests/measure.py leaves: uv run tests/figures.py LOGS"""
+"""Draws the READMEs' figures from the logs that tests/measure.py leaves: uv run tests/figures.py LOGS
+The one of the real models comes from tests/real/ and needs no LOGS.
+"""
 
 import json
 import re
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FIGURES = Path(__file__).parent / "figures"
+REAL = Path(__file__).parent / "real"
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8e63b5", "#999999"
 plt.rcParams |= {"font.size": 14, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
 plt.rcParams |= {"grid.alpha": 0.3, "savefig.dpi": 120, "savefig.facecolor": "white", "lines.linewidth": 2.2}
@@ -125,7 +129,52 @@ def gsm8k(folder):
     figure.savefig(FIGURES / "gsm8k.png")
 
 
+def thin_and_thick(axes, runs, color, label):
+    """Each seed as a thin line, their mean as a thick one."""
+    for run in runs:
+        axes.plot(run, color=color, lw=1, alpha=0.6)
+    axes.plot([sum(c) / len(c) for c in zip(*runs)], color=color, lw=3, label=label)
+
+
+def real():
+    """What tests/real/ holds: the sums on the left, the texts on the right, a completion before and after below."""
+
+    def steps(name, metric):
+        runs = [[r for r in run if metric in r and "eval" not in r] for run in logs(REAL, name)]
+        return [[r[metric] for r in run] for run in runs]
+
+    figure, axes = plt.subplot_mosaic(
+        "ab;cd;ee", figsize=(9, 9.6), layout="constrained", height_ratios=(3, 2.4, 2.3)
+    )
+    thin_and_thick(axes["a"], steps("minimal_grpo", "reward"), BLUE, "GRPO")
+    thin_and_thick(axes["a"], steps("minimal_ppo", "reward"), PURPLE, "PPO")
+    axes["a"].set(title="sums, Qwen2.5-Coder-0.5B", ylabel="correct in the batch", ylim=(0, 1.03))
+    axes["a"].legend(frameon=False, loc="lower right")
+    thin_and_thick(axes["c"], steps("minimal_sft", "loss"), GREEN, "SFT")
+    thin_and_thick(axes["c"], steps("minimal_dpo", "loss"), ORANGE, "DPO")
+    axes["c"].set(ylabel="loss", xlabel="step", yscale="log")
+    axes["c"].legend(frameon=False)
+    for place, metric in (("b", "ttr"), ("d", "words")):
+        thin_and_thick(axes[place], steps("reinforce", metric), RED, "REINFORCE")
+        thin_and_thick(axes[place], steps("rloo", metric), GREY, "RLOO")
+    axes["b"].set(title="texts, SmolLM2-135M", ylabel="distinct words / words")
+    axes["b"].legend(frameon=False, loc="lower right")
+    axes["d"].set(xlabel="step", ylabel="words")
+    axes["d"].axhline(40, color="black", lw=1, ls=":")
+    lines = []
+    for name in ("minimal_grpo", "rloo"):
+        samples = [r["samples"] for r in logs(REAL, name)[0] if r.get("samples")]
+        for when, sample in (("before", samples[0][0]), ("after", samples[-1][0])):
+            text = f"{when}: {sample['prompt']} → {sample['text']}".replace("\n", " ")
+            lines += textwrap.wrap(text, 92, subsequent_indent="    ", max_lines=4)
+    axes["e"].axis("off")
+    axes["e"].text(
+        0, 1, "\n".join(lines), va="top", fontsize=12, linespacing=1.35, transform=axes["e"].transAxes
+    )
+    figure.savefig(FIGURES / "real.png")
+
+
 if __name__ == "__main__":
-    logs_folder = Path(sys.argv[1])
-    for draw in (methods, styles, lexical, gsm8k):
-        draw(logs_folder)
+    real()
+    for draw in (methods, styles, lexical, gsm8k) if sys.argv[1:] else ():
+        draw(Path(sys.argv[1]))

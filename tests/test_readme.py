@@ -94,7 +94,7 @@ def test_the_diff_is_the_variants(tmp_path):
     out = subprocess.run(
         ["diff", "-U0", "minimal_grpo.py", path], cwd=ROOT, capture_output=True, text=True
     ).stdout
-    assert "\n".join(out.splitlines()[2:]) in README
+    assert out[out.index("@@ -42 ") :] in README  # what stands above are words
 
 
 def test_the_shown_output(main, capsys):
@@ -117,10 +117,13 @@ def test_results_of_the_eight(script):
     score = "ttr" if script in ("reinforce", "rloo") else "reward"
     name = RUN_OF.get(script, script)
     assert len(RESULTS[name]["evaluations"]) == (3 if script.startswith("gsm8k") else 5)
+    real = [
+        [run["evaluations"][which][score] for run in RESULTS["real"].get(script, [])] for which in (0, -1)
+    ]
     assert cells[-3:] == [
-        span(evaluations(name, score, 0)),
-        span(evaluations(name, score)),
+        f"{span(evaluations(name, score, 0))} → {span(evaluations(name, score))}",
         f"{RESULTS['seconds'][script]:.0f}",
+        " → ".join(map(span, real)) if real[0] else "-",
     ]
 
 
@@ -145,6 +148,10 @@ def test_results_of_the_baselines():
 
 
 def test_results_in_sentences():
+    (rloo, *_) = RESULTS["real"]["rloo"]
+    before, after = (evaluation["words"] for evaluation in rloo["evaluations"])
+    assert f"texts of {before:.0f} words before and {after:.0f} after, all ended" in README
+    assert set(rloo["finished"][-5:]) == {1.0} and f"was {sum(rloo['ttr'][-5:]) / 5:.2f}" in README
     words = [round(x, 1) for x in evaluations("gamed", "words")]
     assert "averaged {:g}, {:g} and {:g} words".format(*words) in README
     before, after = span(evaluations("yours", "reward", 0)), evaluations("yours", "reward")

@@ -530,6 +530,27 @@ def test_shared_prompts_take_the_same_steps(main, tmp_path):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
+def test_plain(main, tiny, tmp_path):
+    """The gradient, in micro-batches of three, is that of the sum written out; there is no second model and no second update."""
+    flags = "--steps 1 --batch-size 4 --group-size 4 --max-new-tokens 48 --eval-size 4 --micro-batch-size 3"
+    g = main(f"{patched('plain', tmp_path)} {flags}")
+    model, rewards = tiny("qwen")[0], g["rewards"].tolist()
+    logp = g["completion_logp"](model, g["ids"], g["attn"], g["mask"])
+    loss = 0
+    for i, reward in enumerate(rewards):
+        group = rewards[i // 4 * 4 : i // 4 * 4 + 4]
+        loss = loss - (reward - sum(group) / 4) * logp[i].sum() / g["mask"].sum()
+    loss.backward()
+    wanted, got = (
+        torch.cat([p.grad.double().flatten() for p in m.parameters()]) for m in (model, g["model"])
+    )
+    assert g["history"][0]["grad_norm"] == pytest.approx(wanted.norm().item(), rel=1e-4) and wanted.norm() > 1
+    assert (got - wanted / wanted.norm()).norm() < 1e-4, "clipped to norm 1"
+    assert "reference" not in g and set(
+        g["optimizer"].state[next(g["model"].parameters())]["step"].flatten().tolist()
+    ) == {1}
+
+
 def test_ipo_is_squared(main, tmp_path):
     """By hand from the summed log-probs of a last step that did not move, against a reference that did."""
     g = main(f"{patched('ipo', tmp_path)} --steps 2 --lr 1e-5 --batch-size 4 --beta 0.2")
