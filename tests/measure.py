@@ -46,7 +46,6 @@ LEXICAL_REWARD = '"reward": reward,'
 # name: script, flags, changes of its text as (old, new)
 EXERCISES = {
     "one_update": ("minimal_grpo", "--update-epochs 1", []),
-    "groups_of_two": ("minimal_grpo", "--group-size 2 --batch-size 32", []),
     "tags_only": ("minimal_grpo", "", [(SCORE, '{"reward": float(one_pair), ' + RIGHT)]),
     "no_baseline": (
         "minimal_grpo",
