@@ -62,7 +62,8 @@ def test_llama_on_topics(tiny):
     torch.manual_seed(0)
     texts, *_ = reinforce.sample(*tiny("llama"), [prompt for prompt, _ in reinforce.TEST] * 3, 96)
     words = [re.findall("[a-z]+", text.lower()) for text in texts]
-    assert 0.45 <= sum(len(set(w[:40])) / len(w[:40]) for w in words) / len(words) <= 0.65
+    # 0.64 over many draws, with a standard error of 0.02 for these 72 texts
+    assert 0.57 <= sum(len(set(w[:40])) / len(w[:40]) for w in words) / len(words) <= 0.71
     assert 36 <= sum(map(len, words)) / len(words) <= 44
 
 
