@@ -38,7 +38,7 @@ def test_letters_are_counted_and_words_held_out(variant):
     task = variant("letter_counting")
     asked = dict(task.TRAIN + task.TEST)
     assert asked["How many times does the letter r occur in strawberry?"] == 3
-    assert asked["How many times does the letter s occur in mississippi?"] == 4
+    assert asked["How many times does the letter i occur in mississippi?"] == 4
     assert asked["How many times does the letter z occur in banana?"] == 0
     words = [{prompt.split()[-1] for prompt, _ in part} for part in (task.TRAIN, task.TEST)]
     assert not words[0] & words[1] and len(words[0]) > len(words[1]) > 4
