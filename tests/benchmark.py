@@ -2,7 +2,8 @@
 
     uv run tests/benchmark.py
 
-One table, each row ours / theirs / ratio, medians of at least 5 runs taken in turn (memory on a CPU: of 2), and where the time goes. On a CPU the bundled
+One table, each row ours / theirs / ratio, medians of at least 5 runs taken in turn (memory on a CPU: of 2), where the time goes, and the memory of a
+micro-batch at Qwen2.5-0.5B's shape (the last needs 11 GB). On a CPU the bundled
 model, on CUDA also a Qwen2 of Qwen2.5-0.5B's shape with random weights, which is all that speed and memory depend on. TRL's row
 needs the dev dependencies.
 """
@@ -35,6 +36,15 @@ transformers.logging.disable_progress_bar()
 
 RUNS = 5
 DEVICE = minimal_grpo.DEVICE
+HALF_BILLION = {  # Qwen2.5-0.5B
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 
 
 def row(what, ours, theirs, unit, more_is_better=True):
@@ -228,7 +238,29 @@ def peak_memory(folder, size):
     return float(out.split("VmHWM:")[1].split()[0]) / 1024
 
 
+def memory(name):
+    """VmRSS, what this process has in memory now, or VmHWM, the most that it ever had, in GiB."""
+    return float(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 2**20
+
+
+def micro_batch(rows):
+    """Prints the GiB that a micro-batch's forward and backward pass add to weights and gradients: 0.5 B, prompts of 150 and completions of 256 tokens."""
+    with torch.device(DEVICE):
+        model = Qwen2ForCausalLM(Qwen2Config(**HALF_BILLION)).eval()
+        ids = torch.randint(1000, (rows, 406))
+        attn, mask = torch.ones_like(ids), torch.ones(rows, 256)
+    model(ids[:1, :8]).logits.sum().backward()  # makes the gradients
+    before = torch.cuda.memory_allocated() / 2**30 if DEVICE == "cuda" else memory("VmRSS")
+    minimal_grpo.completion_logp(model, ids, attn, mask).mean().backward()
+    after = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else memory("VmHWM")
+    print(
+        f"0.5 B: a micro-batch of {rows} adds {after - before:.2f} GiB to weights and gradients", flush=True
+    )
+
+
 def main():
+    if sys.argv[1:]:
+        return micro_batch(int(sys.argv[1]))  # in a process of its own, for its peak
     print(f"{DEVICE}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
     if DEVICE == "cuda":
         print(torch.cuda.get_device_name())
@@ -237,8 +269,7 @@ def main():
     tiny = AutoModelForCausalLM.from_pretrained("tests/tiny-qwen", dtype=torch.float32).to(DEVICE)
     sampling("0.9 M", tiny, tokenizer)
     profile(tiny, tokenizer)
-    shape = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
-    shape |= {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    shape = dict(HALF_BILLION)
     name = "0.5 B"
     if DEVICE == "cpu":  # its vocabulary alone, for the memory: that is what the logits are large by
         shape |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -275,6 +306,8 @@ def main():
             few.append(peak_memory(folder, 2))
             whole.append(peak_memory(folder, 16))
     row(f"{name}: GSM8K step, micro-batches of 2 / of 16", few, whole, "MiB", more_is_better=False)
+    for rows in (2, 4):
+        subprocess.run([sys.executable, "tests/benchmark.py", str(rows)], check=True)
 
 
 if __name__ == "__main__":

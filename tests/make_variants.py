@@ -36,9 +36,6 @@ Before and after: accuracy (`actor_critic`: type-token ratio of the first 40 wor
 with default flags, seeds 0 to 2. Seconds are those of the whole process, with one thread each and two processes at a time.
 `uv run tests/make_variants.py` measures all of it and writes this page.
 
-**Every number on this page, but those of `plain`, is of an earlier version of the scripts** (other prompts and rates, greedy evaluation); the variants have been re-based and tested since,
-and not yet measured again.
-
 These numbers show that the code learns; they do not rank the methods. With two updates per batch, most ratios are near 1, and
 there most of the policy-gradient losses agree up to a constant factor, so their curves look alike.
 
