@@ -30,7 +30,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 DATASET = "openai/gsm8k"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters that know only these tasks
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, only for these tasks; others need a real model
     DATASET = "tests/tiny-gsm8k"  # 1,000 made-up problems in the style of GSM8K
 
 
@@ -73,7 +73,7 @@ def numbers(text):
 
 
 def score(text, answer):
-    r"""reward: 1 if the last \boxed{} has only the right number. lenient: 1 if the text ends with it."""
+    r"""reward: 1 if the last \boxed{} has only the right number. lenient: 1 if the last number is right."""
     gold = numbers(answer)[-1]  # answer is a whole solution
     boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)  # may have braces inside
     strict = numbers("".join(boxes[-1:])) == [gold]
@@ -105,7 +105,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # No position ids: padding shifts those of a whole row, and rotary ones are relative.
+        # No position ids: left padding shifts a whole row's; rotary attention reads only distances.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)
         if DEVICE == "mps":
@@ -248,7 +248,7 @@ if __name__ == "__main__":
         metrics["finished"] = finished.float().mean().item()
         groups = rewards.view(-1, args.group_size)
         metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
-        record = dict(step=step, **mean_scores(scores), **metrics)  # names must differ
+        record = dict(step=step, **mean_scores(scores), **metrics)  # score must not reuse these names
         history.append(record)
         print(f"{format_numbers(record)}  {texts[0][-40:]!a}", flush=True)
         samples = [dict(prompt=p, text=t, **s) for p, t, s in zip(prompts, texts, scores)]

@@ -22,7 +22,7 @@ from transformers.hf_argparser import HfArg
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters that know only these tasks
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, only for these tasks; others need a real model
 
 
 @dataclass
@@ -67,7 +67,7 @@ def encode_prompts(tokenizer, prompts):
 def encode_completions(tokenizer, prompts, completions):
     """Prompts with given completions, laid out as by sample: ids and attn (N, P+C), mask (N, C)."""
     prompt_ids, prompt_attn = encode_prompts(tokenizer, prompts)
-    ended = [completion + tokenizer.eos_token for completion in completions]  # Gemma's turn ends otherwise
+    ended = [completion + tokenizer.eos_token for completion in completions]  # but Gemma uses another token
     options = {"padding": True, "padding_side": "right", "add_special_tokens": False, "return_tensors": "pt"}
     batch = tokenizer(ended, **options).to(DEVICE)
     ids = torch.cat([prompt_ids, batch["input_ids"]], 1)
@@ -89,7 +89,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # No position ids: padding shifts those of a whole row, and rotary ones are relative.
+        # No position ids: left padding shifts a whole row's; rotary attention reads only distances.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)
         if DEVICE == "mps":
@@ -149,7 +149,7 @@ if __name__ == "__main__":
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     history = []
     for step in range(args.steps):
-        # Given completions take the place of 1. sample, 2. reward and 3. advantage.
+        # Given completions: no 1. sample, 2. reward and 3. advantage, as in the other scripts.
         examples = random.choices(TRAIN, k=args.batch_size)
         prompts, answers = zip(*examples)
         completions = [demonstration(*example) for example in examples]

@@ -28,7 +28,7 @@ from transformers.hf_argparser import HfArg
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-llama"):
-    MODEL = "tests/tiny-llama"  # bundled: 0.9M parameters that know only these tasks
+    MODEL = "tests/tiny-llama"  # bundled: 0.9M parameters, only for these tasks; others need a real model
 
 
 @dataclass
@@ -89,7 +89,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # No position ids: padding shifts those of a whole row, and rotary ones are relative.
+        # No position ids: left padding shifts a whole row's; rotary attention reads only distances.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)
         if DEVICE == "mps":
@@ -186,7 +186,7 @@ if __name__ == "__main__":
         metrics = {"grad_norm": grad_norm.item()}
         metrics["tokens"] = mask.sum(1).mean().item()
         metrics["finished"] = finished.float().mean().item()
-        record = dict(step=step, **mean_scores(scores), **metrics)  # names must differ
+        record = dict(step=step, **mean_scores(scores), **metrics)  # score must not reuse these names
         history.append(record)
         print(f"{format_numbers(record)}  {texts[0][-40:]!a}", flush=True)
         samples = [dict(prompt=p, text=t, **s) for p, t, s in zip(prompts, texts, scores)]

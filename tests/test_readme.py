@@ -150,7 +150,9 @@ def test_results_of_the_baselines():
 def test_results_in_sentences():
     runs = RESULTS["real"]["rloo"]
     before, after = ([f"{run['evaluations'][i]['words']:.0f}" for run in runs] for i in (0, -1))
-    assert f"averaged {' and '.join(before)} words before and {' and '.join(after)} after (two seeds)" in README
+    assert (
+        f"averaged {' and '.join(before)} words before and {' and '.join(after)} after (two seeds)" in README
+    )
     assert {x for run in runs for x in run["finished"][-5:]} == {1.0}
     words = [round(x, 1) for x in evaluations("gamed", "words")]
     assert "averaged {:g}, {:g} and {:g} words".format(*words) in README
