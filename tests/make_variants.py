@@ -49,7 +49,7 @@ otherwise; of the five losses, only GRPO's has a KL penalty by default.
 - GRPO, the only one with a KL term, ends at 0.97 to 0.99, and from the fourth step on no batch falls below 0.81.
 - Dr. GRPO without the KL term ends at 0.96 to 0.99 on four seeds. On the fifth it solves a whole batch in step 3, and from the next one on nothing:
   with no reward left, all advantages are 0 and it never comes back.
-- GSPO ends at 0.99 to 1.00. It is the slowest in the first three steps, and then the steadiest: its clip range is so narrow that, over the run, 0.18 to 0.26 of the
+- GSPO ends at 0.99 to 1.00. It is the slowest in the first three steps and the steadiest from step 10 on: its clip range is so narrow that, over the run, 0.18 to 0.26 of the
   tokens are held back in the last update of a batch (GRPO: 0.01 to 0.02).
 - CISPO and SAPO have no hard clip that switches a token off. Single batches drop as low as 0.02 and 0.30 after the third step; they end at 0.93 to 1.00 and 0.91 to 1.00.
 - This is one easy task, one learning rate and a tiny model, and nothing was tuned for any of the five.
