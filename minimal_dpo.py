@@ -162,7 +162,7 @@ if __name__ == "__main__":
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     history = []
     for step in range(args.steps):
-        # Given completions: no 1. sample, 2. reward and 3. advantage, as in the other scripts.
+        # Given completions, so no 1. sample, 2. reward and 3. advantage.
         examples = random.choices(TRAIN, k=args.batch_size)
         prompts, answers = zip(*examples)
         pairs = [preference_pair(*example) for example in examples]

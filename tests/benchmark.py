@@ -2,10 +2,10 @@
 
     uv run tests/benchmark.py
 
-One table, each row ours / theirs / ratio, medians of at least 5 runs taken in turn (memory on a CPU: of 2), where the time goes, and the memory of a
-micro-batch at Qwen2.5-0.5B's shape (the last needs 11 GB). On a CPU the bundled
-model, on CUDA also a Qwen2 of Qwen2.5-0.5B's shape with random weights, which is all that speed and memory depend on. TRL's row
-needs the dev dependencies.
+Prints one table, each row ours / theirs / ratio, medians of at least 5 runs taken in turn (memory on a CPU:
+of 2); then where the time goes, and the memory of a micro-batch at Qwen2.5-0.5B's shape (which takes 11 GB).
+On a CPU it times the bundled model; on CUDA also a Qwen2 of Qwen2.5-0.5B's shape with random weights, for
+speed and memory depend on the shape alone. TRL's row needs the dev dependencies.
 """
 
 import contextlib
@@ -244,7 +244,10 @@ def memory(name):
 
 
 def micro_batch(rows):
-    """Prints the GiB that a micro-batch's forward and backward pass add to weights and gradients: 0.5 B, prompts of 150 and completions of 256 tokens."""
+    """Prints the GiB that forward and backward of a micro-batch add to weights and gradients at 0.5 B.
+
+    Its prompts have 150 tokens, its completions 256.
+    """
     with torch.device(DEVICE):
         model = Qwen2ForCausalLM(Qwen2Config(**HALF_BILLION)).eval()
         ids = torch.randint(1000, (rows, 406))

@@ -1,11 +1,14 @@
 """The calculator variant: catches an expression that runs code or hangs, a result in the wrong row or place, and a tool token in the loss."""
 
+import itertools
 import json
 import time
 
 import pytest
 import torch
 from conftest import patched
+
+import gsm8k_sft_grpo
 
 SOLUTIONS = [  # calls at different places, two in one, none, and one that fails
     "There are 2*4=<<2*4=8>>8 eggs.\nThe answer is \\boxed{8}.",
@@ -153,22 +156,75 @@ def test_a_call_at_the_limit(monkeypatch, variant, tiny):
     assert texts == ["Ann has 12+5=<<12+5=1"] and mask[0].tolist() == [1] * start + [0] and not finished
 
 
-def test_the_loss_is_that_of_the_own_tokens(main, tmp_path):
-    """SFT's and GRPO's loss do not read what the calculator wrote: other log-probs there change no gradient."""
-    path, log = patched("calculator", tmp_path), tmp_path / "log"
-    flags = "--sft-steps 1 --steps 1 --batch-size 2 --group-size 2 --max-new-tokens 40 --eval-size 4"
-    g = main(f"{path} {flags} --micro-batch-size 1 --log {log}")
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    sft = next(r for r in records if r.get("phase") == "sft" and "loss" in r)
-    from transformers import AutoModelForCausalLM
+QUESTION = "There are 2 boxes with 4 eggs in each and 3 more. How many eggs are there?"
+RIGHT = [  # every second piece is the calculator's
+    "There are 2*4=<<2*4=",
+    "8>>",
+    "8 eggs in the boxes.\nThere are 8+3=<<8+3=",
+    "11>>",
+    "11 eggs.\nThe answer is \\boxed{11}.<|im_end|>",
+]
+WRONG = ["There are <<nuts=", "error>>", "9 eggs.\nThe answer is \\boxed{9}.<|im_end|>"]
 
-    torch.manual_seed(0)
-    g["random"].seed(0)
-    model = AutoModelForCausalLM.from_pretrained("tests/tiny-qwen", dtype=torch.float32)
-    prompts, solutions = zip(*g["random"].choices(g["TRAIN"], k=2))
-    ids, attn, mask = g["encode_completions"](g["tokenizer"], prompts, solutions)
-    logp = model(ids, attention_mask=attn).logits[:, -mask.shape[1] - 1 : -1].log_softmax(-1)
-    logp = logp.gather(-1, ids[:, -mask.shape[1] :, None]).squeeze(-1)
-    own = [p for row, keep in zip(logp.tolist(), mask.tolist()) for p, k in zip(row, keep) if k]
-    assert sft["loss"] == pytest.approx(-sum(own) / len(own), rel=1e-5)
-    assert (1 - mask).sum() > 3
+
+def own_logps(tiny, pieces_of_rows):
+    """A fresh model and, for each completion, the log-probs of its own tokens; each row alone, so without padding and mask."""
+    (model, tokenizer), logps = tiny("qwen"), []
+    model = model.double()
+    chat = [{"role": "system", "content": gsm8k_sft_grpo.SYSTEM}, {"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    for pieces in pieces_of_rows:
+        tokens = [tokenizer(piece)["input_ids"] for piece in pieces]
+        ids = torch.tensor([prompt + sum(tokens, [])])
+        own = [i % 2 == 0 for i, piece in enumerate(tokens) for _ in piece]
+        logp = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logps.append(logp[range(len(own)), ids[0, len(prompt) :]][torch.tensor(own)])
+    return model, logps
+
+
+def grad_norm(model, loss):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm().item()
+
+
+@pytest.fixture
+def calculator(main, tmp_path):
+    """calculator(flags): one step on a data set of one problem; its record in the log."""
+    row = {"question": QUESTION, "answer": "".join(RIGHT).split("The answer")[0] + "#### 11"}
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    path, log = patched("calculator", tmp_path), tmp_path / "log"
+
+    def calculator(flags):
+        main(f"{path} --dataset {tmp_path} --micro-batch-size 1 --eval-size 1 --log {log} {flags}")
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        return next(record for record in records if "grad_norm" in record)
+
+    return calculator
+
+
+def test_the_loss_of_sft_is_that_of_the_own_tokens(tiny, calculator):
+    record = calculator("--sft-steps 1 --steps 0 --batch-size 1")
+    model, (logp,) = own_logps(tiny, [RIGHT])
+    assert record["loss"] == pytest.approx(-logp.mean().item(), rel=1e-5)
+    assert record["grad_norm"] == pytest.approx(grad_norm(model, -logp.mean()), rel=1e-4)
+
+
+def test_the_loss_of_grpo_is_that_of_the_own_tokens(monkeypatch, tiny, calculator):
+    """A right and a wrong completion: advantages of plus and minus 1 / sqrt(2), for the standard deviation is that of a sample."""
+    (model, logps), (_, tokenizer) = own_logps(tiny, [RIGHT, WRONG]), tiny("qwen")
+    advantage = 0.5 / (0.5**0.5 + 1e-4)
+    loss = -advantage * (logps[0].sum() - logps[1].sum()) / sum(map(len, logps))
+    scripts = [[t for piece in row for t in tokenizer(piece)["input_ids"]] for row in (RIGHT, WRONG)]
+    steps = itertools.count()
+
+    def scripted(probs, count):
+        step = next(steps)
+        return torch.tensor([[script[step] if step < len(script) else 0] for script in scripts])
+
+    monkeypatch.setattr(torch, "multinomial", scripted)
+    flags = "--sft-steps 0 --steps 1 --batch-size 1 --group-size 2 --update-epochs 1 --beta 0"
+    record = calculator(flags)
+    assert record["reward"] == 0.5 and record["finished"] == 1
+    assert record["calls"] == 1.5 and record["failed_calls"] == 0.5
+    assert record["tokens"] == sum(map(len, logps)) / 2
+    assert record["grad_norm"] == pytest.approx(grad_norm(model, loss), rel=1e-4)

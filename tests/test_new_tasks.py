@@ -39,9 +39,32 @@ def test_letters_are_counted_and_words_held_out(variant):
     asked = dict(task.TRAIN + task.TEST)
     assert asked["How many times does the letter r occur in strawberry?"] == 3
     assert asked["How many times does the letter i occur in mississippi?"] == 4
-    assert asked["How many times does the letter z occur in banana?"] == 0
+    assert asked["How many times does the letter e occur in banana?"] == 0
     words = [{prompt.split()[-1] for prompt, _ in part} for part in (task.TRAIN, task.TEST)]
     assert not words[0] & words[1] and len(words[0]) > len(words[1]) > 4
+
+
+def test_the_letter_alone_does_not_tell(variant):
+    """The best answer to each letter in TRAIN, or one answer to all, earns less than half on the held-out words."""
+    task = variant("letter_counting")
+
+    def reward(given, answer):
+        return max(0, 1 - abs(given - answer) / max(1, answer))
+
+    def letter(prompt):
+        return prompt.split()[6]
+
+    def best(answers):
+        return max(range(5), key=lambda given: sum(reward(given, answer) for answer in answers))
+
+    everything = best([answer for _, answer in task.TRAIN])
+    for by_letter in (False, True):
+        given = []
+        for prompt, _ in task.TEST:
+            same = [answer for p, answer in task.TRAIN if letter(p) == letter(prompt)]
+            given.append(best(same) if by_letter and same else everything)
+        earned = [reward(g, answer) for g, (_, answer) in zip(given, task.TEST)]
+        assert 0.3 < sum(earned) / len(earned) < 0.5
 
 
 def fake_score(answer, entry):
