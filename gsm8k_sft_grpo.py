@@ -11,10 +11,10 @@
     kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
     loss = mean over all completion tokens of (-surrogate + beta * kl)
 
-DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), eq. 3 and 4, but with the mean over tokens, so that a
-token weighs the same in a long answer as in a short one (DAPO, 2503.14476), and two updates per batch.
+DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), eq. 3 and 4, but with two updates per batch and one
+mean over all tokens, so that each weighs the same in a long answer and in a short one (DAPO, 2503.14476).
 The task is GSM8K, grade-school word problems (Cobbe et al. 2021, 2110.14168). Micro-batches save memory
-and change nothing else. The reference is the model after SFT: the initial one would undo it.
+and change nothing else. The reference is the model after SFT: the initial one would undo SFT.
 """
 
 import collections, copy, json, os, random, re, signal, statistics
@@ -69,7 +69,7 @@ def load_gsm8k(dataset, split):
 
 def numbers(text):
     """All numbers of a text: -$1,234.50 is one; 20-5, 3/4 and 10^3 are two each."""
-    text = text.replace("{,}", ",").replace("−", "-")  # 8{,}000 is LaTeX
+    text = text.replace("{,}", ",").replace(r"\,", ",").replace("−", "-")  # LaTeX: 8{,}000
     parts = re.findall(r"(?<![\d.])(?:-\$?|\$-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
     return [float(number.replace("$", "").replace(",", "")) for number in parts]
 
@@ -77,8 +77,8 @@ def numbers(text):
 def score(text, answer):
     r"""reward: 1 if the last \boxed{} has only the right number. lenient: 1 if the last number is right."""
     gold = numbers(answer)[-1]  # answer is a whole solution
-    boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)  # may have braces inside
-    strict = numbers("".join(boxes[-1:])) == [gold]
+    box = re.search(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}(?!.*\\boxed)", text, re.DOTALL)  # and none after it
+    strict = box is not None and numbers(box[1]) == [gold]
     lenient = numbers(text)[-1:] == [gold]
     return {"reward": float(strict), "lenient": float(lenient)}
 
@@ -96,7 +96,7 @@ def encode_prompts(tokenizer, prompts):
 def encode_completions(tokenizer, prompts, completions):
     """Prompts with given completions, laid out as by sample: ids and attn (N, P+C), mask (N, C)."""
     prompt_ids, prompt_attn = encode_prompts(tokenizer, prompts)
-    ended = [completion + tokenizer.eos_token for completion in completions]  # but Gemma uses another token
+    ended = [completion + tokenizer.eos_token for completion in completions]  # Gemma ends turns otherwise
     options = {"padding": True, "padding_side": "right", "add_special_tokens": False, "return_tensors": "pt"}
     batch = tokenizer(ended, **options).to(DEVICE)
     ids = torch.cat([prompt_ids, batch["input_ids"]], 1)
@@ -118,7 +118,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # No position ids: left padding shifts a whole row's; rotary attention reads only distances.
+        # No position ids: rotary attention reads only distances, and left padding keeps those.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)
         if DEVICE == "mps":
@@ -126,7 +126,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
         tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)
         tokens = tokens.to(DEVICE).where(running, tokenizer.pad_token_id)
         ids = torch.cat([ids, tokens], 1)
-        attn = torch.cat([attn, running], 1)  # before running changes: the end-of-turn token counts
+        attn = torch.cat([attn, running], 1)  # running is still True at an end-of-turn token
         running = running & ~torch.isin(tokens, eos)
     texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
     return texts, ids, attn, attn[:, P:].float(), ~running
@@ -134,7 +134,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
 
 def completion_logp(model, ids, attn, mask):
     """Log-prob of each completion token given all tokens before it, 0 after the end: (N, C)."""
-    C = mask.shape[1]  # each position predicts the next token, so the last token is not fed
+    C = mask.shape[1]  # each position predicts the next token, so the last token is left out
     out = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C)
     logp = out.logits.float().log_softmax(-1)
     return logp.gather(-1, ids[:, -C:].unsqueeze(-1)).squeeze(-1) * mask
@@ -151,7 +151,7 @@ def format_numbers(record):
 
 
 def evaluate_gsm8k(model, tokenizer, args, log, step, phase):
-    """Complete the prompts in TEST greedily, print and log the mean scores, print the last one."""
+    """Complete the prompts in TEST greedily, print and log the mean scores, print the last text."""
     scores = []
     for start in range(0, len(TEST), 64):
         prompts, answers = zip(*TEST[start : start + 64])
@@ -177,8 +177,8 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, epsilon, beta):
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     token_loss = -surrogate
-    metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens that the clip holds back
-    if beta:  # k3 of joschu.net/blog/kl-approx.html: never negative; its mean is the KL if ratio is 1
+    metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens whose gradient the clip stops
+    if beta:  # k3 of joschu.net/blog/kl-approx.html: never negative, and unbiased if ratio is 1
         kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)  # expm1(x) = exp(x) - 1
         token_loss = token_loss + beta * kl
         metrics["kl"] = kl.detach()

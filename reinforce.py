@@ -89,7 +89,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # No position ids: left padding shifts a whole row's; rotary attention reads only distances.
+        # No position ids: rotary attention reads only distances, and left padding keeps those.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)
         if DEVICE == "mps":
@@ -97,7 +97,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
         tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)
         tokens = tokens.to(DEVICE).where(running, tokenizer.pad_token_id)
         ids = torch.cat([ids, tokens], 1)
-        attn = torch.cat([attn, running], 1)  # before running changes: the end-of-turn token counts
+        attn = torch.cat([attn, running], 1)  # running is still True at an end-of-turn token
         running = running & ~torch.isin(tokens, eos)
     texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
     return texts, ids, attn, attn[:, P:].float(), ~running
@@ -105,7 +105,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
 
 def completion_logp(model, ids, attn, mask):
     """Log-prob of each completion token given all tokens before it, 0 after the end: (N, C)."""
-    C = mask.shape[1]  # each position predicts the next token, so the last token is not fed
+    C = mask.shape[1]  # each position predicts the next token, so the last token is left out
     out = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C)
     logp = out.logits.float().log_softmax(-1)
     return logp.gather(-1, ids[:, -C:].unsqueeze(-1)).squeeze(-1) * mask
@@ -122,7 +122,7 @@ def format_numbers(record):
 
 
 def evaluate(model, tokenizer, args, log, step):
-    """Sample a completion of each prompt in TEST, print and log the mean scores, print the last one."""
+    """Sample a completion of each prompt in TEST, print and log the mean scores, print the last text."""
     prompts, answers = zip(*TEST)
     texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens)
     means = mean_scores([score(text, answer) for text, answer in zip(texts, answers)])

@@ -10,13 +10,14 @@ from conftest import patched
 
 import gsm8k_sft_grpo
 
-SOLUTIONS = [  # calls at different places, two in one, none, and one that fails
+SOLUTIONS = [  # calls at different places, two in one, none, one that fails, and one of the longest
     "There are 2*4=<<2*4=8>>8 eggs.\nThe answer is \\boxed{8}.",
     "Ann has 12+5=<<12+5=17>>17 nuts.\nTogether they have 12+17=<<12+17=29>>29 nuts.\nThe answer is \\boxed{29}.",
     "The answer is \\boxed{3}.",
     "<<nuts=error>>The answer is 1.",
+    "<<" + "1+" * 49 + "1=50>>",
 ]
-PROMPTS = ["How many eggs?", "Ann has 5 more than Amy. How many nuts?", "Hi", "?"]
+PROMPTS = ["How many eggs?", "Ann has 5 more than Amy. How many nuts?", "Hi", "?", "How many ones?"]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,8 @@ def test_marks_are_counted_and_not_read(variant):
     assert score("\\boxed{<<1+1=2>>2}", "2") == right | {"calls": 1}
     assert score("\\boxed{2} <<1/0=error>>", "2") == right | {"calls": 1, "failed_calls": 1}
     assert score("The answer is <<1+1=2>>", "2")["lenient"] == 0
+    assert score("The answer is 2 <<1\n+1=error>>", "2")["lenient"] == 1
+    assert score("The answer is 2 <<3", "2")["lenient"] == 0
 
 
 def imitated(variant, tiny):
@@ -96,7 +99,7 @@ def test_sft_does_not_train_results(variant, tiny):
         assert tokenizer.decode(row[there.bool()]) == solution + tokenizer.eos_token
         assert not (own > there).any()
         tools = tokenizer.decode(row[there.bool() & ~own.bool()])
-        assert tools == {0: "8>>", 1: "17>>29>>", 2: "", 3: "error>>"}[SOLUTIONS.index(solution)]
+        assert tools == {0: "8>>", 1: "17>>29>>", 2: "", 3: "error>>", 4: "50>>"}[SOLUTIONS.index(solution)]
 
 
 def replay(monkeypatch, module, model, tokenizer, prompts, own):
@@ -110,7 +113,7 @@ def replay(monkeypatch, module, model, tokenizer, prompts, own):
         return sampled
 
     monkeypatch.setattr(torch, "multinomial", scripted)
-    return *module.sample(model, tokenizer, prompts, 100), torch.cat(drawn, 1)
+    return *module.sample(model, tokenizer, prompts, 200), torch.cat(drawn, 1)
 
 
 def test_sampled_as_imitated(monkeypatch, variant, tiny):

@@ -26,6 +26,7 @@ from conftest import patched
         ("<answer>-3</answer>", 3, 0, 0),
         ("<answer>three</answer>", 3, 0, 0),
         ("<answer>3</answer><answer>2</answer>", 3, 0, 0),
+        ("<answer>no</answer><answer>3</answer>", 3, 0, 0),
         ("3", 3, 0, 0),
         ("", 0, 0, 0),
     ],
@@ -77,8 +78,9 @@ def fake_score(answer, entry):
 def fake_dataset(name, size, seed):
     if name != "numbers":
         raise ValueError(f"Dataset '{name}' not registered")
+    """As in Reasoning Gym, problem i of a seed is problem 0 of the seed plus i."""
     return [
-        {"question": f"{seed}, {i}?", "answer": f"{seed}{i}", "metadata": {"source_dataset": name}}
+        {"question": f"{seed + i}?", "answer": f"{seed + i}0", "metadata": {"source_dataset": name}}
         for i in range(size)
     ]
 
@@ -93,7 +95,7 @@ def gym(monkeypatch):
 def test_the_tasks_own_scorer(gym, variant):
     task = variant("reasoning_gym_grpo")
     ((prompt, answer),) = task.load_task("numbers", 1, 7)
-    assert prompt == "7, 0?"
+    assert prompt == "7?"
     judged = {
         "<answer>70</answer>": 1,
         "<answer>1</answer> no, <answer>\n70\n</answer>": 1,
@@ -108,8 +110,9 @@ def test_the_tasks_own_scorer(gym, variant):
 def test_it_runs(gym, main, tmp_path):
     flags = "--task numbers --steps 1 --batch-size 2 --group-size 2 --max-new-tokens 4 --seed 3"
     g = main(f"{patched('reasoning_gym_grpo', tmp_path)} {flags}")
-    assert {prompt.split(",")[0] for prompt, _ in g["TRAIN"]} == {"3"}, "made up from --seed"
-    assert not {prompt for prompt, _ in g["TRAIN"]} & {prompt for prompt, _ in g["TEST"]}
+    train, test = ({int(prompt.rstrip("?")) for prompt, _ in g[part]} for part in ("TRAIN", "TEST"))
+    assert train == set(range(3000, 4000)), "no problem of another --seed"
+    assert not train & test
     assert len(g["TRAIN"]) == 1000 and len(g["TEST"]) == 100
     with pytest.raises(ValueError, match="nope"):
         main(f"{tmp_path / 'reasoning_gym_grpo.py'} --task nope")
