@@ -41,7 +41,7 @@ def methods(folder):
     per_step = {"minimal_sft": (8, GREEN), "minimal_dpo": (16, ORANGE)}
     per_step |= {"minimal_grpo": (64, BLUE), "minimal_ppo": (64, PURPLE)}
     for name, (completions, color) in per_step.items():
-        runs = [[r["sampled"] for r in run if "sampled" in r] for run in logs(folder, name)[:2]]
+        runs = [[r["sampled"] for r in run if "sampled" in r] for run in logs(folder, name)]
         x = [completions * (step + 1) for step in range(len(runs[0]))]
         band(axes, x, runs, color, name.removeprefix("minimal_").upper())
     axes.set(xscale="log", xlabel="completions trained on (given or sampled)", ylim=(0, 1.02))
@@ -58,7 +58,7 @@ STYLES = {  # each text counts for the first pattern that it matches
     "<answer>18</answer>": (r"<answer>\d+</answer>", BLUE),
     "<answer>9 + 9 = 18</answer>": (r"<answer>\d \+ \d = \d+</answer>", "#7fbfe5"),
     "<result>18</result>": (r"<result>\d+</result>", ORANGE),
-    "the same in a fenced block": (r"```xml\n<result>\d+</result>\n```", "#f3cf7f"),
+    "```xml <result>18</result> ```": (r"```xml\n<result>\d+</result>\n```", "#f3cf7f"),
     "<sum>18</sum>": (r"<sum>\d+</sum>", PURPLE),
     "The sum is 18.": (r"The sum is \d+\.", GREEN),
     "anything else": (r".*", GREY),
@@ -89,10 +89,17 @@ def styles(folder):
     handles, labels = top.get_legend_handles_labels()
     top.legend(handles[::-1], labels[::-1], loc="lower right", framealpha=0.95, fontsize=13)
     bottom.axis("off")
-    bottom.set_title("eight completions of “What is 9 + 9?”", fontsize=14, loc="left")
+    bottom.set_title("eight completions of “What is 9 + 9?”, seed 0", fontsize=14, loc="left")
     groups = {r["step"]: Counter(r["group"]) for r in runs[0] if "group" in r}
     for step, (x, y) in {0: (0, 0.95), 5: (0.5, 0.95), 15: (0, 0.4), 29: (0.5, 0.4)}.items():
-        bottom.text(x, y, f"after step {step}", weight="bold", va="top", transform=bottom.transAxes)
+        bottom.text(
+            x,
+            y,
+            f"after {step + 1} step" + "s" * (step > 0),
+            weight="bold",
+            va="top",
+            transform=bottom.transAxes,
+        )
         for row, (text, count) in enumerate(groups[step].most_common(), 1):
             corner = (x, y - 0.1 * row - 0.075)
             patch = plt.Rectangle(
@@ -157,7 +164,7 @@ def real():
     for place, metric in (("b", "ttr"), ("d", "words")):
         thin_and_thick(axes[place], steps("reinforce", metric), RED, "REINFORCE")
         thin_and_thick(axes[place], steps("rloo", metric), GREY, "RLOO")
-    axes["b"].set(title="texts, SmolLM2-135M", ylabel="distinct words / words")
+    axes["b"].set(title="texts, SmolLM2-135M", ylabel="distinct words / words\nof the first 40")
     axes["b"].legend(frameon=False, loc="lower right")
     axes["d"].set(xlabel="step", ylabel="words")
     axes["d"].axhline(40, color="black", lw=1, ls=":")
@@ -165,7 +172,8 @@ def real():
     for name in ("minimal_grpo", "rloo"):
         samples = [r["samples"] for r in logs(REAL, name)[0] if r.get("samples")]
         for when, sample in (("before", samples[0][0]), ("after", samples[-1][0])):
-            text = f"{when}: {sample['prompt']} → {sample['text']}".replace("\n", " ")
+            method = name.removeprefix("minimal_").upper()
+            text = f"{method}, {when}: {sample['prompt']} → {sample['text']}".replace("\n", " ")
             lines += textwrap.wrap(text, 92, subsequent_indent="    ", max_lines=4)
     axes["e"].axis("off")
     axes["e"].text(

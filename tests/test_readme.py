@@ -157,7 +157,7 @@ def test_results_in_sentences():
     words = [round(x, 1) for x in evaluations("gamed", "words")]
     assert "averaged {:g}, {:g} and {:g} words".format(*words) in README
     before, after = span(evaluations("yours", "reward", 0)), evaluations("yours", "reward")
-    assert f"{before} to {', '.join(f'{x:.2f}' for x in after)}" in README
+    assert f"{before} at first, ends at {', '.join(f'{x:.2f}' for x in after)}" in README
 
 
 def test_results_of_the_exercises():
