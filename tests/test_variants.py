@@ -14,6 +14,7 @@ import subprocess
 import sys
 import types
 
+import gsm8k_grpo
 import make_variants
 import minimal_grpo
 import pytest
@@ -528,6 +529,57 @@ def test_shared_prompts_take_the_same_steps(main, tmp_path):
     assert shared["texts"] == base["texts"]
     for a, b in zip(shared["history"], base["history"], strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+class PretendGraph:
+    """torch.cuda.CUDAGraph and torch.cuda.graph on a CPU: the pass is recorded, not run; replay runs it on the same tensors."""
+
+    def __init__(self, model):
+        self.model, self.forward, self.replays = model, model.forward, 0
+
+    def __enter__(self):
+        def record(*args, **kwargs):
+            self.call = args, kwargs
+            self.logits = torch.full((len(args[0]), 1, self.model.config.vocab_size), math.nan)
+            return types.SimpleNamespace(logits=self.logits)
+
+        self.model.forward = record
+
+    def __exit__(self, *error):
+        self.model.forward = self.forward
+
+    def replay(self):
+        args, kwargs = self.call
+        self.logits.copy_(self.forward(*args, **kwargs).logits)
+        self.replays += 1
+
+
+class PretendCuda(str):
+    """A device that torch takes for the CPU and the script for CUDA."""
+
+    def __eq__(self, other):
+        return other == "cuda"
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_cuda_graph_samples_the_same_tokens(variant, monkeypatch, kind, device, greedy):
+    """With the static cache alone, and with a graph that reads and writes what stood in memory when it was recorded."""
+    module, graphs = variant("cuda_graph"), []
+    model, tokenizer = random_model(kind, "two", "own")
+    model.double()  # the two caches round differently
+    prompts = ["What is 3 + 8?", "", "Write about 40 words about winter."] * 3
+    torch.manual_seed(0)
+    want = gsm8k_grpo.sample(model, tokenizer, prompts, 12, greedy)
+    if device == "cuda":
+        monkeypatch.setattr(module, "DEVICE", PretendCuda("cpu"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(PretendGraph(model)) or graphs[-1])
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    torch.manual_seed(0)
+    texts, *rest = module.sample(model, tokenizer, prompts, 12, greedy)
+    assert texts == want[0] and all(torch.equal(a, b) for a, b in zip(rest, want[1:], strict=True))
+    assert [graph.replays for graph in graphs] == ([want[3].shape[1] - 2] if device == "cuda" else [])
 
 
 def test_plain(main, tiny, tmp_path):
