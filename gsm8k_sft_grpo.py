@@ -31,7 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 DATASET = "openai/gsm8k"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, only for these tasks; others need a real model
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for this task only; others need a real model
     DATASET = "tests/tiny-gsm8k"  # 1,000 made-up problems in the style of GSM8K
 
 
@@ -96,7 +96,7 @@ def encode_prompts(tokenizer, prompts):
 def encode_completions(tokenizer, prompts, completions):
     """Prompts with given completions, laid out as by sample: ids and attn (N, P+C), mask (N, C)."""
     prompt_ids, prompt_attn = encode_prompts(tokenizer, prompts)
-    ended = [completion + tokenizer.eos_token for completion in completions]  # Gemma ends turns otherwise
+    ended = [completion + tokenizer.eos_token for completion in completions]  # Gemma's end token differs
     options = {"padding": True, "padding_side": "right", "add_special_tokens": False, "return_tensors": "pt"}
     batch = tokenizer(ended, **options).to(DEVICE)
     ids = torch.cat([prompt_ids, batch["input_ids"]], 1)
@@ -120,7 +120,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     while running.any() and ids.shape[1] < P + max_new_tokens:
         # No position ids: rotary attention reads only distances, and left padding keeps those.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
-        probs = out.logits[:, -1].float().softmax(-1)
+        probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
             probs = probs.cpu()  # there, multinomial can draw impossible tokens
         tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)
@@ -233,7 +233,7 @@ if __name__ == "__main__":
         record = {"step": step, "loss": batch_loss, "grad_norm": grad_norm.item()}
         print(f"{format_numbers(record)}  {solutions[0][-40:]!a}", flush=True)
         print(json.dumps({"phase": "sft"} | record), file=log)
-    if not interrupted:
+    if args.sft_steps and not interrupted:
         evaluate_gsm8k(model, tokenizer, args, log, 0, "sft")
 
     reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
@@ -264,7 +264,7 @@ if __name__ == "__main__":
                 if epoch == 0 and args.beta:
                     ref_logp[rows] = completion_logp(reference, ids[rows], attn[rows], mask[rows])
                 logp = completion_logp(model, ids[rows], attn[rows], mask[rows])
-                if epoch == 0:
+                if epoch == 0:  # before the first update
                     old_logp[rows] = logp.detach()  # not from sampling, which rounds differently
                 inputs = (logp, old_logp[rows], ref_logp[rows], advantages[rows])
                 token_loss, token_metrics = grpo_loss(*inputs, args.epsilon, args.beta)

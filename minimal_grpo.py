@@ -26,7 +26,7 @@ from transformers.hf_argparser import HfArg
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, only for these tasks; others need a real model
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for this task only; others need a real model
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-SYSTEM = "Work out the sum. Give the result in XML tags."  # which tags, it must learn
+SYSTEM = "Work out the sum. Give the result in XML tags."  # which, it must learn; at first often <result>
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
 
@@ -83,7 +83,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     while running.any() and ids.shape[1] < P + max_new_tokens:
         # No position ids: rotary attention reads only distances, and left padding keeps those.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
-        probs = out.logits[:, -1].float().softmax(-1)
+        probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
             probs = probs.cpu()  # there, multinomial can draw impossible tokens
         tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)
@@ -181,7 +181,7 @@ if __name__ == "__main__":
         optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         for epoch in range(args.update_epochs):
             logp = completion_logp(model, ids, attn, mask)
-            if epoch == 0:
+            if epoch == 0:  # before the first update
                 old_logp = logp.detach()  # not from sampling, which rounds differently
             token_loss, metrics = grpo_loss(logp, old_logp, ref_logp, advantages, args.epsilon, args.beta)
             loss = (token_loss * mask).sum() / mask.sum()

@@ -13,8 +13,7 @@
     loss = mean over all completion tokens of (-surrogate + (value - return)^2 / 2)
 
 Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9) with GAE (1506.02438,
-eq. 16) and the KL penalty in the reward (InstructGPT, 2203.02155). There is no entropy bonus, each update
-uses the whole batch, and the critic is a model of its own.
+eq. 16) and the KL penalty in the reward (InstructGPT, 2203.02155). No entropy bonus, no minibatches.
 """
 
 import copy, json, os, random
@@ -29,7 +28,7 @@ from transformers.hf_argparser import HfArg
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, only for these tasks; others need a real model
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for this task only; others need a real model
 
 
 @dataclass
@@ -51,7 +50,7 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-SYSTEM = "Work out the sum. Give the result in XML tags."  # which tags, it must learn
+SYSTEM = "Work out the sum. Give the result in XML tags."  # which, it must learn; at first often <result>
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
 
@@ -88,7 +87,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     while running.any() and ids.shape[1] < P + max_new_tokens:
         # No position ids: rotary attention reads only distances, and left padding keeps those.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
-        probs = out.logits[:, -1].float().softmax(-1)
+        probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
             probs = probs.cpu()  # there, multinomial can draw impossible tokens
         tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)
@@ -217,7 +216,8 @@ if __name__ == "__main__":
             critic_optimizer.step()
 
         # 5. report: metrics of the last update, grad_norm before clipping
-        metrics["kl"] = kl  # at sampling time
+        if args.beta:
+            metrics["kl"] = kl  # at sampling time
         metrics = {name: ((value * mask).sum() / mask.sum()).item() for name, value in metrics.items()}
         metrics["grad_norm"] = grad_norm.item()
         metrics["tokens"] = mask.sum(1).mean().item()

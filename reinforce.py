@@ -28,7 +28,7 @@ from transformers.hf_argparser import HfArg
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-llama"):
-    MODEL = "tests/tiny-llama"  # bundled: 0.9M parameters, only for these tasks; others need a real model
+    MODEL = "tests/tiny-llama"  # bundled: 0.9M parameters, for this task only; others need a real model
 
 
 @dataclass
@@ -91,7 +91,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     while running.any() and ids.shape[1] < P + max_new_tokens:
         # No position ids: rotary attention reads only distances, and left padding keeps those.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
-        probs = out.logits[:, -1].float().softmax(-1)
+        probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
             probs = probs.cpu()  # there, multinomial can draw impossible tokens
         tokens = probs.argmax(-1, keepdim=True) if greedy else torch.multinomial(probs, 1)

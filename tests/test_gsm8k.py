@@ -332,3 +332,9 @@ def test_sft_then_grpo(main, tiny, monkeypatch, tmp_path):
     phases = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [x["phase"] for x in phases if "eval" in x] == ["base", "sft", "grpo"]
     assert gsm8k_sft_grpo.SYSTEM == gsm8k_grpo.SYSTEM
+
+
+def test_without_sft_there_is_no_evaluation_after_it(main, tmp_path):
+    main(f"gsm8k_sft_grpo.py --steps 1 --sft-steps 0 {QUICK} --log {tmp_path / 'log'}")
+    phases = [json.loads(line)["phase"] for line in (tmp_path / "log").read_text().splitlines()]
+    assert phases == ["base", "grpo", "grpo"]

@@ -140,7 +140,7 @@ def test_the_clip_range_is_the_flag(main):
 def test_first_values_are_0_and_returns_are_not_whitened(main):
     """With a critic that starts at 0, gamma = lam = 1 and no KL, each return is the completion's reward itself."""
     g = main("minimal_ppo.py --steps 1 --beta 0 --lam 1 --update-epochs 1")
-    assert g["reference"] is None and g["history"][0]["kl"] == 0 and (g["old_values"] == 0).all()
+    assert g["reference"] is None and "kl" not in g["history"][0] and (g["old_values"] == 0).all()
     assert torch.allclose(g["returns"], g["rewards"][:, None] * g["mask"])
     assert 0 < g["rewards"].mean() < 1
 
