@@ -37,7 +37,7 @@ class Args:
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=16, help="prompts per step")
     max_new_tokens: int = HfArg(default=160, help="longer texts are cut off, so leave room to end")
-    lr: float = HfArg(default=5e-5, help="learning rate of the first step; it falls linearly to 0")
+    lr: float = HfArg(default=1e-4, help="learning rate of the first step; it falls linearly to 0")
     baseline: Literal["none", "mean", "ema", "scst"] = HfArg(default="mean", help="subtracted from rewards")
     ema_beta: float = HfArg(default=0.9, help="ema: share of the old average that each step keeps")
     brevity_penalty_scale: float = HfArg(default=0.3, help="weight of each missing or extra word")

@@ -32,7 +32,7 @@ class Args:
     batch_size: int = HfArg(default=4, help="prompts per step")
     group_size: int = HfArg(default=4, help="completions per prompt")
     max_new_tokens: int = HfArg(default=160, help="longer texts are cut off, so leave room to end")
-    lr: float = HfArg(default=5e-5, help="learning rate of the first step; it falls linearly to 0")
+    lr: float = HfArg(default=1e-4, help="learning rate of the first step; it falls linearly to 0")
     brevity_penalty_scale: float = HfArg(default=0.3, help="weight of each missing or extra word")
     seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines, one per step and evaluation")

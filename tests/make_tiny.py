@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 # Every matrix is stored divided by SCALE and every RMSNorm gain multiplied by it. The function stays the same, but
 # Adam moves a weight by about lr whatever its size, so lr now acts as SCALE * lr: the learning rates of the large
 # models train the small ones. A power of two, so that bf16 loses nothing by it.
-SCALE = {"tiny-qwen": 256, "tiny-llama": 8}
+SCALE = {"tiny-qwen": 256, "tiny-llama": 4}
 
 SUM_SYSTEM = "Work out the sum. Give the result in XML tags."
 TEXT_SYSTEM = "You write short texts in plain English."

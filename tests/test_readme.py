@@ -158,6 +158,8 @@ def test_results_in_sentences():
         f"averaged {' and '.join(before)} words before and {' and '.join(after)} after (two seeds)" in README
     )
     assert {x for run in runs for x in run["finished"][-5:]} == {1.0}
+    gains = [f"{run['evaluations'][-1]['ttr'] - run['evaluations'][0]['ttr']:.2f}" for run in runs]
+    assert f"Their type-token ratio rose by {' and '.join(gains)};" in README
     seconds = [
         next(r["seconds_per_step"] for r in RESULTS["real"][s] if "seconds_per_step" in r)
         for s in ("minimal_sft", "minimal_grpo")
