@@ -38,7 +38,7 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-SYSTEM = "Work out the sum. Give the result in XML tags."  # which, it must learn; at first often <result>
+SYSTEM = "Work out the sum. Give the result in XML tags."  # it must learn which; <result> is common at first
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
 
