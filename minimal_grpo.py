@@ -26,7 +26,7 @@ from transformers.hf_argparser import HfArg
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for this task only; others need a real model
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for this task only; another task needs a real model
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-SYSTEM = "Work out the sum. Give the result in XML tags."  # it must learn which; <result> is common at first
+SYSTEM = "Work out the sum. Give the result in XML tags."  # it learns <answer>; <result> is common at first
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
 
