@@ -30,7 +30,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 DATASET = "openai/gsm8k"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for this task only; another task needs a real model
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for this task only; another needs a real model
     DATASET = "tests/tiny-gsm8k"  # 1,000 made-up problems in the style of GSM8K
 
 

@@ -26,7 +26,7 @@ from transformers.hf_argparser import HfArg
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for this task only; another task needs a real model
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for this task only; another needs a real model
 
 
 @dataclass

@@ -28,7 +28,7 @@ from transformers.hf_argparser import HfArg
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-llama"):
-    MODEL = "tests/tiny-llama"  # bundled: 0.9M parameters, for this task only; another task needs a real model
+    MODEL = "tests/tiny-llama"  # bundled: 0.9M parameters, for this task only; another needs a real model
 
 
 @dataclass
