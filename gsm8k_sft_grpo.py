@@ -13,11 +13,11 @@
 
 DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), eq. 3 and 4, but with two updates per batch and one
 mean over all tokens, so that each weighs the same in a long answer and in a short one (DAPO, 2503.14476).
-The task is GSM8K, grade-school word problems (Cobbe et al. 2021, 2110.14168). Micro-batches save memory
-and change nothing else. The reference is the model after SFT: the initial one would undo SFT.
+The task is GSM8K, grade-school word problems (Cobbe et al. 2021, 2110.14168). The reference is the
+model after SFT: the initial one would undo SFT.
 """
 
-import collections, copy, json, os, random, re, signal, statistics
+import collections, copy, json, os, random, re, time
 from dataclasses import dataclass
 
 import dotenv, torch
@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfAr
 from transformers.hf_argparser import HfArg
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 DATASET = "openai/gsm8k"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for this task only; another needs a real model
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for these tasks only; others need a real model
     DATASET = "tests/tiny-gsm8k"  # 1,000 made-up problems in the style of GSM8K
 
 
@@ -40,45 +40,62 @@ class Args:
     model: str = HfArg(default=MODEL, help="Hub id or folder of an instruct model")
     dataset: str = HfArg(default=DATASET, help="Hub id or folder, laid out like GSM8K")
     sft_steps: int = HfArg(default=3, help="training steps of SFT, before those of GRPO")
+    sft_lr: float = HfArg(default=2e-6, help="peak learning rate of SFT")
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=4, help="prompts per step")
     group_size: int = HfArg(default=8, help="completions per prompt")
-    micro_batch_size: int = HfArg(default=2, help="completions per backward pass")
+    micro_batch_size: int = HfArg(default=2, help="rows per backward pass: memory, not results")
     max_new_tokens: int = HfArg(default=400, help="longer completions are cut off")
-    lr: float = HfArg(default=1e-6, help="learning rate of the first step; it falls linearly to 0")
+    lr: float = HfArg(default=1e-6, help="peak learning rate: five steps up to it, then down to 0")
     update_epochs: int = HfArg(default=2, help="optimizer updates per batch")
     epsilon: float = HfArg(default=0.2, help="clip range of the ratio")
     beta: float = HfArg(default=0.04, help="weight of the KL penalty; 0 drops the reference model")
-    eval_size: int = HfArg(default=1319, help="test problems per evaluation, at most")
+    eval_size: int = HfArg(default=1319, help="test problems per evaluation, at most; 0: no evaluation")
+    eval_every: int = HfArg(default=0, help="evaluate and save after every so many steps, too")
     seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
-    log: str = HfArg(default=os.devnull, help="file for JSON lines, one per step and evaluation")
+    log: str = HfArg(default=os.devnull, help="file for JSON lines per step and evaluation; overwritten")
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
 
 
 # The task. For another one, change this block; load_gsm8k is called for TRAIN and TEST below.
+# score returns "reward" and, under names that nothing else has, whatever you want reported beside it.
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 
 
 def load_gsm8k(dataset, split):
     """A list of (problem, solution), without marks such as <<3+4=7>> and with the answer in a box."""
-    rows = datasets.load_dataset(dataset, None if os.path.isdir(dataset) else "main", split=split)
-    solutions = [re.sub("<<.*?>>", "", row["answer"]) for row in rows]
-    boxed = [re.sub("#### (.*)", r"The answer is \\boxed{\1}.", solution) for solution in solutions]
-    return list(zip(rows["question"], boxed))
+    path = f"{dataset}/main" if os.path.isdir(f"{dataset}/main") else dataset  # main, without socratic
+    rows = datasets.load_dataset(path, None if os.path.isdir(path) else "main", split=split)
+    examples = []
+    for row in rows:
+        solution, number = re.sub("<<.*?>>", "", row["answer"]).split("#### ")
+        examples.append((row["question"], solution + r"The answer is \boxed{" + number + "}."))
+    return examples
 
 
 def numbers(text):
     """All numbers of a text: -$1,234.50 is one; 20-5, 3/4 and 10^3 are two each."""
-    text = text.replace("{,}", ",").replace(r"\,", ",").replace("−", "-")  # LaTeX: 8{,}000
-    parts = re.findall(r"(?<![\d.])(?:-\$?|\$-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
-    return [float(number.replace("$", "").replace(",", "")) for number in parts]
+    text = text.replace("{,}", ",").replace(r"\,", ",").replace(r"\$", "$")  # LaTeX: \$8{,}000 is $8,000
+    text = text.replace("−", "-").replace("-$", "-").replace("$", " ")
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,234 is one number; 1,8 and 1,2345 are two
+    return [float(number) for number in re.findall(r"(?<![\d.])-?\d*\.?\d+", text)]
+
+
+def last_box(text):
+    r"""The content of the last \boxed{...} in a text, or "" if there is none or its brace never closes."""
+    _, mark, rest = text.rpartition(r"\boxed{")
+    depth = 1 if mark else 0
+    for i, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if mark and depth == 0:
+            return rest[:i]
+    return ""
 
 
 def score(text, answer):
     r"""reward: 1 if the last \boxed{} has only the right number. lenient: 1 if the last number is right."""
     gold = numbers(answer)[-1]  # answer is a whole solution
-    box = re.search(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}(?!.*\\boxed)", text, re.DOTALL)  # and none after it
-    strict = box is not None and numbers(box[1]) == [gold]
+    strict = numbers(last_box(text)) == [gold]
     lenient = numbers(text)[-1:] == [gold]
     return {"reward": float(strict), "lenient": float(lenient)}
 
@@ -93,12 +110,19 @@ def encode_prompts(tokenizer, prompts):
     return batch["input_ids"], batch["attention_mask"]
 
 
+def end_of_turn(tokenizer):
+    """The token that the chat template writes after an answer, such as <|im_end|>."""
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ANSWER"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    return tokenizer.tokenize(text.split("ANSWER")[-1].strip())[0]
+
+
 def encode_completions(tokenizer, prompts, completions):
     """Prompts with given completions, laid out as by sample: ids and attn (N, P+C), mask (N, C)."""
     prompt_ids, prompt_attn = encode_prompts(tokenizer, prompts)
-    ended = [completion + tokenizer.eos_token for completion in completions]  # Gemma's end token differs
+    end = end_of_turn(tokenizer)
     options = {"padding": True, "padding_side": "right", "add_special_tokens": False, "return_tensors": "pt"}
-    batch = tokenizer(ended, **options).to(DEVICE)
+    batch = tokenizer([completion + end for completion in completions], **options).to(DEVICE)
     ids = torch.cat([prompt_ids, batch["input_ids"]], 1)
     attn = torch.cat([prompt_attn, batch["attention_mask"]], 1)
     return ids, attn, batch["attention_mask"].float()
@@ -109,16 +133,20 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     """One completion per prompt, at temperature 1 or greedy: texts, ids, attn, mask, finished.
 
     ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
-    each completion token, the end-of-turn token included. finished (N, 1): False if it was cut off.
+    each completion token, the end of turn included. finished (N, 1): False if the completion was cut
+    off at max_new_tokens; it is scored and trained like any other.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
-    eos = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id).to(DEVICE)
+    end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
+    eos = model.generation_config.eos_token_id  # other tokens to stop at: None, one id or several
+    eos = torch.tensor(end if eos is None else eos).to(DEVICE)
     running = torch.ones_like(ids[:, :1], dtype=torch.bool)
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # No position ids: rotary attention reads only distances, and left padding keeps those.
+        # Passed by position, as newer versions call the cache by another name. No position ids (None):
+        # rotary attention reads only distances, and left padding keeps those.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
@@ -127,22 +155,23 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
         tokens = tokens.to(DEVICE).where(running, tokenizer.pad_token_id)
         ids = torch.cat([ids, tokens], 1)
         attn = torch.cat([attn, running], 1)  # running is still True at an end-of-turn token
-        running = running & ~torch.isin(tokens, eos)
+        running = running & (tokens != end) & ~torch.isin(tokens, eos)
     texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
     return texts, ids, attn, attn[:, P:].float(), ~running
 
 
 def completion_logp(model, ids, attn, mask):
     """Log-prob of each completion token given all tokens before it, 0 after the end: (N, C)."""
-    C = mask.shape[1]  # each position predicts the next token, so the last token is left out
+    C = mask.shape[1]
+    # The output at each position predicts the next token, so the last token need not go in.
     out = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C)
-    logp = out.logits.float().log_softmax(-1)
+    logp = out.logits.float().log_softmax(-1)  # temperature 1, as in sample
     return logp.gather(-1, ids[:, -C:].unsqueeze(-1)).squeeze(-1) * mask
 
 
 def mean_scores(scores):
     """The mean of each number that score returns."""
-    return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+    return {name: float(sum(s[name] for s in scores)) / len(scores) for name in scores[0]}
 
 
 def format_numbers(record):
@@ -150,19 +179,21 @@ def format_numbers(record):
     return "  ".join(f"{name} {value:.4g}" for name, value in record.items())
 
 
-def evaluate_gsm8k(model, tokenizer, args, log, step, phase):
-    """Complete the prompts in TEST greedily, print and log the mean scores, print the last text."""
+def evaluate(model, tokenizer, args, log, step, greedy=False, **labels):
+    """Complete each prompt in TEST; print and log the mean scores, and print the last text."""
     scores = []
-    for start in range(0, len(TEST), 64):
-        prompts, answers = zip(*TEST[start : start + 64])
-        texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens, greedy=True)
+    for start in range(0, len(TEST), 128):
+        prompts, answers = zip(*TEST[start : start + 128])
+        texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens, greedy)
         scores += [score(text, answer) for text, answer in zip(texts, answers)]
-        print(f"\r{phase} model: {len(scores)} of {len(TEST)} problems", end="", flush=True)
-    means = mean_scores(scores)
-    margin = 1.96 * statistics.pstdev(s["reward"] for s in scores) / len(scores) ** 0.5
-    print(f", greedy: {format_numbers(means)}  (95% interval of the reward: +-{margin:.3f})")
-    print(f"    {prompts[-1]!a} -> {texts[-1]!a}", flush=True)
-    print(json.dumps({"step": step, "phase": phase, "eval": {"n": len(scores)} | means}), file=log)
+        if len(TEST) > 128:
+            print(f"{len(scores)} of {len(TEST)} prompts", end="\r", flush=True)
+    if scores:
+        means = mean_scores(scores)
+        how = "greedy" if greedy else "sampled"
+        print(f"after {step} steps, {how}, {len(scores)} prompts: {format_numbers(means)}")
+        print(f"    {prompts[-1]!a} -> {texts[-1]!a}", flush=True)
+        print(json.dumps({"step": step, **labels, "eval": {"n": len(scores), **means}}), file=log)
 
 
 def group_advantages(rewards, group_size):
@@ -178,118 +209,114 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, epsilon, beta):
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     token_loss = -surrogate
     metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens whose gradient the clip stops
-    if beta:  # k3 of joschu.net/blog/kl-approx.html: never negative, and unbiased if ratio is 1
+    if beta:  # k3 of joschu.net/blog/kl-approx.html: never negative, and unbiased before the first update
         kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)  # expm1(x) = exp(x) - 1
         token_loss = token_loss + beta * kl
         metrics["kl"] = kl.detach()
     return token_loss, metrics
 
 
-interrupted = []
-
-
-def until_ctrl_c(steps):
-    """0, 1, ..., steps - 1, but no more after Ctrl-C. A second Ctrl-C quits at once."""
-    old = signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, old)))
-    try:
-        yield from (step for step in range(steps) if not interrupted)
-    finally:  # after an error too
-        signal.signal(signal.SIGINT, old)
-
-
 if __name__ == "__main__":
-    args = HfArgumentParser(Args).parse_args(None if "__file__" in globals() else [])  # [] in a notebook
+    parser = HfArgumentParser(Args, allow_abbrev=False)
+    args = parser.parse_args(None if "__file__" in globals() else [])  # [] in a notebook
     assert args.group_size > 1, "--group-size must be 2 or more: a group's completions are compared"
+    print(f"--model {args.model} on {DEVICE}, seed {args.seed}", flush=True)
     set_seed(args.seed)
     # float32, because bf16 would round such small updates away. from_pretrained turns dropout off.
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks are not made from ids
+    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)  # hidden by the masks
     TRAIN = load_gsm8k(args.dataset, "train")
-    TEST = load_gsm8k(args.dataset, "test")[: args.eval_size]
+    TEST = load_gsm8k(args.dataset, "test")[: max(0, args.eval_size)]
+    if args.save:
+        tokenizer.save_pretrained(args.save)  # now, so that a bad path fails before training
     log = open(args.log, "w", buffering=1)
-    os.makedirs(args.save or ".", exist_ok=True)  # now, so that a bad path fails before training
-    size = model.num_parameters()
-    print(f"--model {args.model}: {size:,} parameters on {DEVICE}, seed {args.seed}", flush=True)
-    print(f"--dataset {args.dataset}: {len(TRAIN):,} problems. Ctrl-C ends training after the running step")
-    evaluate_gsm8k(model, tokenizer, args, log, 0, "base")
+    print(f"{model.num_parameters():,} parameters, {len(TRAIN):,} training prompts", flush=True)
+    evaluate(model, tokenizer, args, log, 0, greedy=True, phase="base")
 
-    optimizer = torch.optim.Adam(model.parameters(), args.lr)
-    for step in until_ctrl_c(args.sft_steps):
-        prompts, solutions = zip(*random.choices(TRAIN, k=args.batch_size))
-        ids, attn, mask = encode_completions(tokenizer, prompts, solutions)
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.sft_steps)
-        optimizer.zero_grad()
-        batch_loss = 0.0
-        for rows in torch.arange(len(ids)).split(args.micro_batch_size):
-            logp = completion_logp(model, ids[rows], attn[rows], mask[rows])
-            loss = -logp.sum() / mask.sum()  # of the whole batch
-            loss.backward()
-            batch_loss += loss.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-        optimizer.step()
-        record = {"step": step, "loss": batch_loss, "grad_norm": grad_norm.item()}
-        print(f"{format_numbers(record)}  {solutions[0][-40:]!a}", flush=True)
-        print(json.dumps({"phase": "sft"} | record), file=log)
-    if args.sft_steps and not interrupted:
-        evaluate_gsm8k(model, tokenizer, args, log, 0, "sft")
-
-    reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
-    optimizer = torch.optim.Adam(model.parameters(), args.lr)  # without the moments of SFT
     history = []
-    for step in until_ctrl_c(args.steps):
-        # 1. sample
-        examples = random.choices(TRAIN, k=args.batch_size)
-        examples = [example for example in examples for _ in range(args.group_size)]
-        prompts, answers = zip(*examples)
-        texts, ids, attn, mask, finished = sample(model, tokenizer, prompts, args.max_new_tokens)
-
-        # 2. reward
-        scores = [score(text, answer) for text, answer in zip(texts, answers)]
-        rewards = torch.tensor([s["reward"] for s in scores], dtype=torch.float32, device=DEVICE)
-
-        # 3. advantage
-        advantages = group_advantages(rewards, args.group_size)
-
-        # 4. update
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-        old_logp = torch.zeros_like(mask)
-        ref_logp = torch.zeros_like(mask)
-        for epoch in range(args.update_epochs):
-            optimizer.zero_grad()
-            metrics = collections.defaultdict(float)
+    try:
+        optimizer = torch.optim.Adam(model.parameters(), args.sft_lr, fused=True)
+        for step in range(args.sft_steps):
+            prompts, solutions = zip(*random.choices(TRAIN, k=args.batch_size))
+            ids, attn, mask = encode_completions(tokenizer, prompts, solutions)
+            optimizer.param_groups[0]["lr"] = args.sft_lr * min((step + 1) / 5, 1 - step / args.sft_steps)
+            batch_loss = 0.0
             for rows in torch.arange(len(ids)).split(args.micro_batch_size):
-                if epoch == 0 and args.beta:
-                    ref_logp[rows] = completion_logp(reference, ids[rows], attn[rows], mask[rows])
                 logp = completion_logp(model, ids[rows], attn[rows], mask[rows])
-                if epoch == 0:  # before the first update
-                    old_logp[rows] = logp.detach()  # not from sampling, which rounds differently
-                inputs = (logp, old_logp[rows], ref_logp[rows], advantages[rows])
-                token_loss, token_metrics = grpo_loss(*inputs, args.epsilon, args.beta)
-                loss = (token_loss * mask[rows]).sum() / mask.sum()  # of the whole batch
-                loss.backward()
-                for name, value in token_metrics.items():
-                    metrics[name] += ((value * mask[rows]).sum() / mask.sum()).item()
+                loss = -logp.sum() / mask.sum()  # of the whole batch
+                loss.backward()  # adds to the gradients of the other micro-batches
+                batch_loss += loss.item()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
             optimizer.step()
+            optimizer.zero_grad()
+            record = {"step": step, "loss": batch_loss, "grad_norm": grad_norm.item()}
+            print(f"{format_numbers(record)}  {solutions[0][-40:]!a}", flush=True)
+            print(json.dumps({"phase": "sft"} | record), file=log)
+        if args.sft_steps:
+            evaluate(model, tokenizer, args, log, args.sft_steps, greedy=True, phase="sft")
 
-        # 5. report: metrics of the last update, grad_norm before clipping
-        metrics["grad_norm"] = grad_norm.item()
-        metrics["tokens"] = mask.sum(1).mean().item()
-        metrics["finished"] = finished.float().mean().item()
-        groups = rewards.view(-1, args.group_size)
-        metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
-        record = dict(step=step, **mean_scores(scores), **metrics)  # score must not reuse these names
-        history.append(record)
-        print(f"{format_numbers(record)}  {texts[0][-40:]!a}", flush=True)
-        samples = [dict(prompt=p, text=t, **s) for p, t, s in zip(prompts, texts, scores)]
-        print(json.dumps({"phase": "grpo"} | record | {"samples": samples}), file=log)
+        reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)  # without the moments of SFT
+        for step in range(args.steps):
+            if args.eval_every and step > 0 and step % args.eval_every == 0:
+                evaluate(model, tokenizer, args, log, args.sft_steps + step, greedy=True, phase="grpo")
+                if args.save:
+                    model.save_pretrained(args.save)
+            start = time.time()
+            # 1. sample
+            examples = random.choices(TRAIN, k=args.batch_size)
+            examples = [example for example in examples for _ in range(args.group_size)]
+            prompts, answers = zip(*examples)
+            texts, ids, attn, mask, finished = sample(model, tokenizer, prompts, args.max_new_tokens)
 
-    if args.save:
-        model.save_pretrained(args.save)
-        tokenizer.save_pretrained(args.save)
-    evaluate_gsm8k(model, tokenizer, args, log, len(history), "grpo" if history else "sft")
+            # 2. reward
+            scores = [score(text, answer) for text, answer in zip(texts, answers)]
+            rewards = torch.tensor([s["reward"] for s in scores], dtype=torch.float32, device=DEVICE)
+
+            # 3. advantage
+            advantages = group_advantages(rewards, args.group_size)
+
+            # 4. update
+            optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 5, 1 - step / args.steps)
+            old_logp = torch.zeros_like(mask)  # not from sampling, which rounds differently
+            ref_logp = torch.zeros_like(mask)
+            for epoch in range(args.update_epochs):
+                metrics = collections.defaultdict(float)  # those of the last update are reported
+                for rows in torch.arange(len(ids)).split(args.micro_batch_size):
+                    if epoch == 0 and args.beta:
+                        ref_logp[rows] = completion_logp(reference, ids[rows], attn[rows], mask[rows])
+                    logp = completion_logp(model, ids[rows], attn[rows], mask[rows])
+                    if epoch == 0:  # before the first update
+                        old_logp[rows] = logp.detach()
+                    inputs = (logp, old_logp[rows], ref_logp[rows], advantages[rows])
+                    token_loss, token_metrics = grpo_loss(*inputs, args.epsilon, args.beta)
+                    loss = (token_loss * mask[rows]).sum() / mask.sum()  # of the whole batch
+                    loss.backward()  # adds to the gradients of the other micro-batches
+                    for name, value in token_metrics.items():
+                        metrics[name] += ((value * mask[rows]).sum() / mask.sum()).item()
+                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+                optimizer.step()
+                optimizer.zero_grad()
+
+            # 5. report
+            metrics["grad_norm"] = grad_norm.item()  # before clipping
+            metrics["entropy"] = -(old_logp.sum() / mask.sum()).item()  # estimated from the samples
+            groups = rewards.view(-1, args.group_size)
+            metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
+            metrics["tokens"] = mask.sum(1).mean().item()
+            metrics["finished"] = finished.float().mean().item()
+            metrics["seconds"] = time.time() - start
+            record = dict(step=args.sft_steps + step, **mean_scores(scores), **metrics)
+            history.append(record)
+            print(f"{format_numbers(record)}  {texts[0][-40:]!a}", flush=True)
+            samples = [dict(prompt=p, text=t, **s) for p, t, s in zip(prompts, texts, scores)]
+            print(json.dumps({"phase": "grpo"} | record | {"samples": samples}, default=float), file=log)
+    finally:  # after Ctrl-C or an error, too
+        if args.save:
+            model.save_pretrained(args.save)
+    evaluate(model, tokenizer, args, log, args.sft_steps + len(history), greedy=True, phase="grpo")
     if DEVICE == "cuda":
         print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

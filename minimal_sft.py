@@ -7,7 +7,7 @@
     loss = mean over all completion tokens of -logp
 
 Supervised fine-tuning as in InstructGPT (Ouyang et al. 2022, arXiv 2203.02155, sec. 3.5). Only the
-completion is trained, not the prompt. Its end-of-turn token is, too, or the model would not learn to stop.
+completion is trained, not the prompt. Its end of turn is, too, or the model would not learn to stop.
 """
 
 import json, os, random
@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfAr
 from transformers.hf_argparser import HfArg
 
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for this task only; another needs a real model
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for these tasks only; others need a real model
 
 
 @dataclass
@@ -31,13 +31,14 @@ class Args:
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=8, help="examples per step")
     max_new_tokens: int = HfArg(default=48, help="token limit in the evaluation")
-    lr: float = HfArg(default=2e-6, help="learning rate of the first step; it falls linearly to 0")
+    lr: float = HfArg(default=2e-6, help="peak learning rate: five steps up to it, then down to 0")
     seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
-    log: str = HfArg(default=os.devnull, help="file for JSON lines, one per step and evaluation")
+    log: str = HfArg(default=os.devnull, help="file for JSON lines per step and evaluation; overwritten")
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
+# score returns "reward" and, under names that nothing else has, whatever you want reported beside it.
 SYSTEM = "Work out the sum. Give the result in XML tags."  # it learns <answer>; <result> is common at first
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
@@ -64,12 +65,19 @@ def encode_prompts(tokenizer, prompts):
     return batch["input_ids"], batch["attention_mask"]
 
 
+def end_of_turn(tokenizer):
+    """The token that the chat template writes after an answer, such as <|im_end|>."""
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ANSWER"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    return tokenizer.tokenize(text.split("ANSWER")[-1].strip())[0]
+
+
 def encode_completions(tokenizer, prompts, completions):
     """Prompts with given completions, laid out as by sample: ids and attn (N, P+C), mask (N, C)."""
     prompt_ids, prompt_attn = encode_prompts(tokenizer, prompts)
-    ended = [completion + tokenizer.eos_token for completion in completions]  # Gemma's end token differs
+    end = end_of_turn(tokenizer)
     options = {"padding": True, "padding_side": "right", "add_special_tokens": False, "return_tensors": "pt"}
-    batch = tokenizer(ended, **options).to(DEVICE)
+    batch = tokenizer([completion + end for completion in completions], **options).to(DEVICE)
     ids = torch.cat([prompt_ids, batch["input_ids"]], 1)
     attn = torch.cat([prompt_attn, batch["attention_mask"]], 1)
     return ids, attn, batch["attention_mask"].float()
@@ -80,16 +88,20 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     """One completion per prompt, at temperature 1 or greedy: texts, ids, attn, mask, finished.
 
     ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
-    each completion token, the end-of-turn token included. finished (N, 1): False if it was cut off.
+    each completion token, the end of turn included. finished (N, 1): False if the completion was cut
+    off at max_new_tokens; it is scored and trained like any other.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
-    eos = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id).to(DEVICE)
+    end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
+    eos = model.generation_config.eos_token_id  # other tokens to stop at: None, one id or several
+    eos = torch.tensor(end if eos is None else eos).to(DEVICE)
     running = torch.ones_like(ids[:, :1], dtype=torch.bool)
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # No position ids: rotary attention reads only distances, and left padding keeps those.
+        # Passed by position, as newer versions call the cache by another name. No position ids (None):
+        # rotary attention reads only distances, and left padding keeps those.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
@@ -98,22 +110,23 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
         tokens = tokens.to(DEVICE).where(running, tokenizer.pad_token_id)
         ids = torch.cat([ids, tokens], 1)
         attn = torch.cat([attn, running], 1)  # running is still True at an end-of-turn token
-        running = running & ~torch.isin(tokens, eos)
+        running = running & (tokens != end) & ~torch.isin(tokens, eos)
     texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
     return texts, ids, attn, attn[:, P:].float(), ~running
 
 
 def completion_logp(model, ids, attn, mask):
     """Log-prob of each completion token given all tokens before it, 0 after the end: (N, C)."""
-    C = mask.shape[1]  # each position predicts the next token, so the last token is left out
+    C = mask.shape[1]
+    # The output at each position predicts the next token, so the last token need not go in.
     out = model(ids[:, :-1], attention_mask=attn[:, :-1], use_cache=False, logits_to_keep=C)
-    logp = out.logits.float().log_softmax(-1)
+    logp = out.logits.float().log_softmax(-1)  # temperature 1, as in sample
     return logp.gather(-1, ids[:, -C:].unsqueeze(-1)).squeeze(-1) * mask
 
 
 def mean_scores(scores):
     """The mean of each number that score returns."""
-    return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+    return {name: float(sum(s[name] for s in scores)) / len(scores) for name in scores[0]}
 
 
 def format_numbers(record):
@@ -121,56 +134,65 @@ def format_numbers(record):
     return "  ".join(f"{name} {value:.4g}" for name, value in record.items())
 
 
-def evaluate(model, tokenizer, args, log, step):
-    """Sample a completion of each prompt in TEST, print and log the mean scores, print the last text."""
-    prompts, answers = zip(*TEST)
-    texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens)
-    means = mean_scores([score(text, answer) for text, answer in zip(texts, answers)])
-    print(f"after {step} steps, sampled, {len(TEST)} prompts: {format_numbers(means)}")
-    print(f"    {prompts[-1]!a} -> {texts[-1]!a}", flush=True)
-    print(json.dumps({"step": step, "eval": means}), file=log)
+def evaluate(model, tokenizer, args, log, step, greedy=False, **labels):
+    """Complete each prompt in TEST; print and log the mean scores, and print the last text."""
+    scores = []
+    for start in range(0, len(TEST), 128):
+        prompts, answers = zip(*TEST[start : start + 128])
+        texts, *_ = sample(model, tokenizer, prompts, args.max_new_tokens, greedy)
+        scores += [score(text, answer) for text, answer in zip(texts, answers)]
+        if len(TEST) > 128:
+            print(f"{len(scores)} of {len(TEST)} prompts", end="\r", flush=True)
+    if scores:
+        means = mean_scores(scores)
+        how = "greedy" if greedy else "sampled"
+        print(f"after {step} steps, {how}, {len(scores)} prompts: {format_numbers(means)}")
+        print(f"    {prompts[-1]!a} -> {texts[-1]!a}", flush=True)
+        print(json.dumps({"step": step, **labels, "eval": {"n": len(scores), **means}}), file=log)
 
 
 if __name__ == "__main__":
-    args = HfArgumentParser(Args).parse_args(None if "__file__" in globals() else [])  # [] in a notebook
+    parser = HfArgumentParser(Args, allow_abbrev=False)
+    args = parser.parse_args(None if "__file__" in globals() else [])  # [] in a notebook
+    print(f"--model {args.model} on {DEVICE}, seed {args.seed}", flush=True)
     set_seed(args.seed)
     # float32, because bf16 would round such small updates away. from_pretrained turns dropout off.
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks are not made from ids
+    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)  # hidden by the masks
+    if args.save:
+        tokenizer.save_pretrained(args.save)  # now, so that a bad path fails before training
     log = open(args.log, "w", buffering=1)
-    os.makedirs(args.save or ".", exist_ok=True)  # now, so that a bad path fails before training
-    size = model.num_parameters()
-    print(f"--model {args.model}: {size:,} parameters on {DEVICE}, seed {args.seed}", flush=True)
+    print(f"{model.num_parameters():,} parameters, {len(TRAIN):,} training prompts", flush=True)
     evaluate(model, tokenizer, args, log, 0)
 
-    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     history = []
-    for step in range(args.steps):
-        # Given completions, so no 1. sample, 2. reward and 3. advantage.
-        examples = random.choices(TRAIN, k=args.batch_size)
-        prompts, answers = zip(*examples)
-        completions = [demonstration(*example) for example in examples]
-        ids, attn, mask = encode_completions(tokenizer, prompts, completions)
+    try:
+        for step in range(args.steps):
+            # Completions are given: no 1. sample, 2. reward and 3. advantage, as in the other files.
+            examples = random.choices(TRAIN, k=args.batch_size)
+            prompts, answers = zip(*examples)
+            completions = [demonstration(*example) for example in examples]
+            ids, attn, mask = encode_completions(tokenizer, prompts, completions)
 
-        # 4. update
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-        logp = completion_logp(model, ids, attn, mask)
-        loss = -logp.sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-        optimizer.step()
+            # 4. update
+            optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 5, 1 - step / args.steps)
+            logp = completion_logp(model, ids, attn, mask)
+            loss = -logp.sum() / mask.sum()
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+            optimizer.step()
+            optimizer.zero_grad()
 
-        # 5. report: metrics of the last update, grad_norm before clipping
-        record = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item()}
-        history.append(record)
-        print(f"{format_numbers(record)}  {completions[0][-40:]!a}", flush=True)
-        print(json.dumps(record), file=log)
-
-    if args.save:
-        model.save_pretrained(args.save)
-        tokenizer.save_pretrained(args.save)
+            # 5. report
+            record = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item()}  # before clipping
+            history.append(record)
+            print(f"{format_numbers(record)}  {completions[0][-40:]!a}", flush=True)
+            print(json.dumps(record), file=log)
+    finally:  # after Ctrl-C or an error, too
+        if args.save:
+            model.save_pretrained(args.save)
     evaluate(model, tokenizer, args, log, len(history))
