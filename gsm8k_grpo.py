@@ -29,7 +29,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 DATASET = "openai/gsm8k"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for these tasks only; others need a real model
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, no use for any other task
     DATASET = "tests/tiny-gsm8k"  # 1,000 made-up problems in the style of GSM8K
 
 
@@ -40,9 +40,9 @@ class Args:
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=4, help="prompts per step")
     group_size: int = HfArg(default=8, help="completions per prompt")
-    micro_batch_size: int = HfArg(default=2, help="rows per backward pass: memory, not results")
+    micro_batch_size: int = HfArg(default=2, help="rows per backward pass; changes memory only")
     max_new_tokens: int = HfArg(default=400, help="longer completions are cut off")
-    lr: float = HfArg(default=1e-6, help="peak learning rate: five steps up to it, then down to 0")
+    lr: float = HfArg(default=1e-6, help="learning rate: warm-up over five steps, linear decay to 0")
     update_epochs: int = HfArg(default=2, help="optimizer updates per batch")
     epsilon: float = HfArg(default=0.2, help="clip range of the ratio")
     beta: float = HfArg(default=0.04, help="weight of the KL penalty; 0 drops the reference model")
@@ -54,13 +54,13 @@ class Args:
 
 
 # The task. For another one, change this block; load_gsm8k is called for TRAIN and TEST below.
-# score returns "reward" and, under names that nothing else has, whatever you want reported beside it.
+# score returns "reward" and, beside it, any numbers to report, but none named like a metric (tokens, kl).
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 
 
 def load_gsm8k(dataset, split):
     """A list of (problem, solution), without marks such as <<3+4=7>> and with the answer in a box."""
-    path = f"{dataset}/main" if os.path.isdir(f"{dataset}/main") else dataset  # main, without socratic
+    path = f"{dataset}/main" if os.path.isdir(f"{dataset}/main") else dataset  # not its socratic
     rows = datasets.load_dataset(path, None if os.path.isdir(path) else "main", split=split)
     examples = []
     for row in rows:
@@ -71,19 +71,22 @@ def load_gsm8k(dataset, split):
 
 def numbers(text):
     """All numbers of a text: -$1,234.50 is one; 20-5, 3/4 and 10^3 are two each."""
-    text = text.replace("{,}", ",").replace(r"\,", ",").replace(r"\$", "$")  # LaTeX: \$8{,}000 is $8,000
-    text = text.replace("−", "-").replace("-$", "-").replace("$", " ")
+    for latex, plain in {"{,}": ",", r"\,": ",", r"\!": "", r"\$": "$", "−": "-"}.items():
+        text = text.replace(latex, plain)  # \$8{,}000 is $8,000
+    text = text.replace("-$", "-").replace("$", " ")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,234 is one number; 1,8 and 1,2345 are two
     return [float(number) for number in re.findall(r"(?<![\d.])-?\d*\.?\d+", text)]
 
 
 def last_box(text):
     r"""The content of the last \boxed{...} in a text, or "" if there is none or its brace never closes."""
-    _, mark, rest = text.rpartition(r"\boxed{")
-    depth = 1 if mark else 0
+    if r"\boxed{" not in text:
+        return ""
+    rest = text.rpartition(r"\boxed{")[2]
+    depth = 1
     for i, character in enumerate(rest):
         depth += (character == "{") - (character == "}")
-        if mark and depth == 0:
+        if depth == 0:
             return rest[:i]
     return ""
 
@@ -107,10 +110,11 @@ def encode_prompts(tokenizer, prompts):
 
 
 def end_of_turn(tokenizer):
-    """The token that the chat template writes after an answer, such as <|im_end|>."""
+    """The special token that the chat template writes after an answer, such as <|im_end|>."""
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ANSWER"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    return tokenizer.tokenize(text.split("ANSWER")[-1].strip())[0]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).split("ANSWER")[-1]
+    special = [token for token in tokenizer.tokenize(after) if token in tokenizer.get_added_vocab()]
+    return special[0] if special else tokenizer.eos_token
 
 
 @torch.no_grad()
@@ -118,13 +122,13 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     """One completion per prompt, at temperature 1 or greedy: texts, ids, attn, mask, finished.
 
     ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
-    each completion token, the end of turn included. finished (N, 1): False if the completion was cut
+    each completion token, the end of turn included. finished (N,): False if the completion was cut
     off at max_new_tokens; it is scored and trained like any other.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
     end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
-    eos = model.generation_config.eos_token_id  # other tokens to stop at: None, one id or several
+    eos = model.generation_config.eos_token_id  # more tokens to stop at: one id, several or None
     eos = torch.tensor(end if eos is None else eos).to(DEVICE)
     running = torch.ones_like(ids[:, :1], dtype=torch.bool)
     cache = DynamicCache(config=model.config)  # the model adds to it
@@ -141,8 +145,10 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
         ids = torch.cat([ids, tokens], 1)
         attn = torch.cat([attn, running], 1)  # running is still True at an end-of-turn token
         running = running & (tokens != end) & ~torch.isin(tokens, eos)
-    texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
-    return texts, ids, attn, attn[:, P:].float(), ~running
+    finished = ~running.squeeze(1)
+    lengths = attn[:, P:].sum(1) - finished.long()  # without the end of turn
+    texts = [tokenizer.decode(row[:length]) for row, length in zip(ids[:, P:], lengths)]
+    return texts, ids, attn, attn[:, P:].float(), finished
 
 
 def completion_logp(model, ids, attn, mask):
@@ -165,7 +171,7 @@ def format_numbers(record):
 
 
 def evaluate(model, tokenizer, args, log, step, greedy=False, **labels):
-    """Complete each prompt in TEST; print and log the mean scores, and print the last text."""
+    """Complete each prompt in TEST; print and log the mean scores (with labels), print the last text."""
     scores = []
     for start in range(0, len(TEST), 128):
         prompts, answers = zip(*TEST[start : start + 128])
@@ -173,12 +179,12 @@ def evaluate(model, tokenizer, args, log, step, greedy=False, **labels):
         scores += [score(text, answer) for text, answer in zip(texts, answers)]
         if len(TEST) > 128:
             print(f"{len(scores)} of {len(TEST)} prompts", end="\r", flush=True)
-    if scores:
+    if scores:  # none if TEST is empty
         means = mean_scores(scores)
         how = "greedy" if greedy else "sampled"
         print(f"after {step} steps, {how}, {len(scores)} prompts: {format_numbers(means)}")
         print(f"    {prompts[-1]!a} -> {texts[-1]!a}", flush=True)
-        print(json.dumps({"step": step, **labels, "eval": {"n": len(scores), **means}}), file=log)
+        print(json.dumps({"step": step, **labels, "eval": dict(n=len(scores), **means)}), file=log)
 
 
 def group_advantages(rewards, group_size):
@@ -194,7 +200,8 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, epsilon, beta):
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     token_loss = -surrogate
     metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens whose gradient the clip stops
-    if beta:  # k3 of joschu.net/blog/kl-approx.html: never negative, and unbiased before the first update
+    if beta:  # k3 of joschu.net/blog/kl-approx.html. On the policy's own samples its mean is
+        # KL(policy || reference), though its gradient is that of KL(reference || policy).
         kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)  # expm1(x) = exp(x) - 1
         token_loss = token_loss + beta * kl
         metrics["kl"] = kl.detach()
@@ -212,11 +219,12 @@ if __name__ == "__main__":
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)  # hidden by the masks
+    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)  # any will do: the masks hide it
     TRAIN = load_gsm8k(args.dataset, "train")
     TEST = load_gsm8k(args.dataset, "test")[: max(0, args.eval_size)]
-    if args.save:
-        tokenizer.save_pretrained(args.save)  # now, so that a bad path fails before training
+    if args.save:  # now, so that a bad path fails before training
+        os.makedirs(args.save, exist_ok=True)
+        tokenizer.save_pretrained(args.save)
     log = open(args.log, "w", buffering=1)
     print(f"{model.num_parameters():,} parameters, {len(TRAIN):,} training prompts", flush=True)
     evaluate(model, tokenizer, args, log, 0, greedy=True)
@@ -227,7 +235,7 @@ if __name__ == "__main__":
     try:
         for step in range(args.steps):
             if args.eval_every and step > 0 and step % args.eval_every == 0:
-                evaluate(model, tokenizer, args, log, step, greedy=True)
+                evaluate(model, tokenizer, args, log, len(history), greedy=True)
                 if args.save:
                     model.save_pretrained(args.save)
             start = time.time()
@@ -246,7 +254,7 @@ if __name__ == "__main__":
 
             # 4. update
             optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 5, 1 - step / args.steps)
-            old_logp = torch.zeros_like(mask)  # not from sampling, which rounds differently
+            old_logp = torch.zeros_like(mask)  # filled below, as sampling rounds differently
             ref_logp = torch.zeros_like(mask)
             for epoch in range(args.update_epochs):
                 metrics = collections.defaultdict(float)  # those of the last update are reported
@@ -258,18 +266,19 @@ if __name__ == "__main__":
                         old_logp[rows] = logp.detach()
                     inputs = (logp, old_logp[rows], ref_logp[rows], advantages[rows])
                     token_loss, token_metrics = grpo_loss(*inputs, args.epsilon, args.beta)
-                    loss = (token_loss * mask[rows]).sum() / mask.sum()  # of the whole batch
+                    weight = mask[rows] / mask.sum()  # of each token in the mean over the whole batch
+                    loss = (token_loss * weight).sum()
                     loss.backward()  # adds to the gradients of the other micro-batches
                     for name, value in token_metrics.items():
-                        metrics[name] += ((value * mask[rows]).sum() / mask.sum()).item()
+                        metrics[name] += (value * weight).sum().item()
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
                 optimizer.step()
                 optimizer.zero_grad()
 
             # 5. report
             metrics["grad_norm"] = grad_norm.item()  # before clipping
-            metrics["entropy"] = -(old_logp.sum() / mask.sum()).item()  # estimated from the samples
-            groups = rewards.view(-1, args.group_size)
+            metrics["entropy"] = -(old_logp.sum() / mask.sum()).item()  # per token, an estimate
+            groups = rewards.view(-1, args.group_size)  # zero_std: the share whose rewards are all equal
             metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
             metrics["tokens"] = mask.sum(1).mean().item()
             metrics["finished"] = finished.float().mean().item()
@@ -280,7 +289,7 @@ if __name__ == "__main__":
             samples = [dict(prompt=p, text=t, **s) for p, t, s in zip(prompts, texts, scores)]
             print(json.dumps(record | {"samples": samples}, default=float), file=log)
     finally:  # after Ctrl-C or an error, too
-        if args.save:
+        if args.save and history:
             model.save_pretrained(args.save)
     evaluate(model, tokenizer, args, log, len(history), greedy=True)
     if DEVICE == "cuda":

@@ -5,16 +5,17 @@
 """PPO: reinforce each token that turned out better than a critic had expected.
 
     token reward = -beta * (old_logp - ref_logp), plus the completion's reward on its last token
-    delta[t] = token reward[t] + gamma * value[t + 1] - value[t]
+    delta[t] = token reward[t] + gamma * old_value[t + 1] - old_value[t]
     advantage[t] = delta[t] + gamma * lam * advantage[t + 1]
-    return[t] = advantage[t] + value[t]; then the advantages are normalized over the batch
+    return[t] = advantage[t] + old_value[t]; then the advantages are normalized over the batch
     ratio = exp(logp - old_logp)
     surrogate = min(ratio * advantage, clip(ratio, 1 - epsilon, 1 + epsilon) * advantage)
     loss = mean over all completion tokens of -surrogate
     critic's loss = mean over all completion tokens of (value - return)^2 / 2
 
 Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347, eq. 7) with GAE (1506.02438, eq. 16)
-and the KL penalty in the reward (InstructGPT, 2203.02155). No entropy bonus, no minibatches.
+and the KL penalty in the reward (InstructGPT, 2203.02155). No entropy bonus, and no minibatches: each
+update sees the whole batch.
 """
 
 import collections, copy, json, os, random, time
@@ -29,7 +30,7 @@ from transformers.hf_argparser import HfArg
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for these tasks only; others need a real model
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, no use for any other task
 
 
 @dataclass
@@ -37,9 +38,9 @@ class Args:
     model: str = HfArg(default=MODEL, help="Hub id or folder of an instruct model")
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=64, help="prompts per step, with one completion each")
-    micro_batch_size: int = HfArg(default=8, help="rows per backward pass: memory, not results")
+    micro_batch_size: int = HfArg(default=8, help="rows per backward pass; changes memory only")
     max_new_tokens: int = HfArg(default=48, help="longer completions are cut off")
-    lr: float = HfArg(default=1e-6, help="peak learning rate: five steps up to it, then down to 0")
+    lr: float = HfArg(default=1e-6, help="learning rate: warm-up over five steps, linear decay to 0")
     update_epochs: int = HfArg(default=2, help="optimizer updates per batch")
     epsilon: float = HfArg(default=0.2, help="clip range of the ratio")
     beta: float = HfArg(default=0.05, help="weight of the KL penalty; 0 drops the reference model")
@@ -52,7 +53,7 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-# score returns "reward" and, under names that nothing else has, whatever you want reported beside it.
+# score returns "reward" and, beside it, any numbers to report, but none named like a metric (tokens, kl).
 SYSTEM = "Work out the sum. Give the result in XML tags."  # it learns <answer>; <result> is common at first
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
@@ -75,10 +76,11 @@ def encode_prompts(tokenizer, prompts):
 
 
 def end_of_turn(tokenizer):
-    """The token that the chat template writes after an answer, such as <|im_end|>."""
+    """The special token that the chat template writes after an answer, such as <|im_end|>."""
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ANSWER"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    return tokenizer.tokenize(text.split("ANSWER")[-1].strip())[0]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).split("ANSWER")[-1]
+    special = [token for token in tokenizer.tokenize(after) if token in tokenizer.get_added_vocab()]
+    return special[0] if special else tokenizer.eos_token
 
 
 @torch.no_grad()
@@ -86,13 +88,13 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     """One completion per prompt, at temperature 1 or greedy: texts, ids, attn, mask, finished.
 
     ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
-    each completion token, the end of turn included. finished (N, 1): False if the completion was cut
+    each completion token, the end of turn included. finished (N,): False if the completion was cut
     off at max_new_tokens; it is scored and trained like any other.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
     end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
-    eos = model.generation_config.eos_token_id  # other tokens to stop at: None, one id or several
+    eos = model.generation_config.eos_token_id  # more tokens to stop at: one id, several or None
     eos = torch.tensor(end if eos is None else eos).to(DEVICE)
     running = torch.ones_like(ids[:, :1], dtype=torch.bool)
     cache = DynamicCache(config=model.config)  # the model adds to it
@@ -109,8 +111,10 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
         ids = torch.cat([ids, tokens], 1)
         attn = torch.cat([attn, running], 1)  # running is still True at an end-of-turn token
         running = running & (tokens != end) & ~torch.isin(tokens, eos)
-    texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
-    return texts, ids, attn, attn[:, P:].float(), ~running
+    finished = ~running.squeeze(1)
+    lengths = attn[:, P:].sum(1) - finished.long()  # without the end of turn
+    texts = [tokenizer.decode(row[:length]) for row, length in zip(ids[:, P:], lengths)]
+    return texts, ids, attn, attn[:, P:].float(), finished
 
 
 def completion_logp(model, ids, attn, mask):
@@ -133,7 +137,7 @@ def format_numbers(record):
 
 
 def evaluate(model, tokenizer, args, log, step, greedy=False, **labels):
-    """Complete each prompt in TEST; print and log the mean scores, and print the last text."""
+    """Complete each prompt in TEST; print and log the mean scores (with labels), print the last text."""
     scores = []
     for start in range(0, len(TEST), 128):
         prompts, answers = zip(*TEST[start : start + 128])
@@ -141,12 +145,12 @@ def evaluate(model, tokenizer, args, log, step, greedy=False, **labels):
         scores += [score(text, answer) for text, answer in zip(texts, answers)]
         if len(TEST) > 128:
             print(f"{len(scores)} of {len(TEST)} prompts", end="\r", flush=True)
-    if scores:
+    if scores:  # none if TEST is empty
         means = mean_scores(scores)
         how = "greedy" if greedy else "sampled"
         print(f"after {step} steps, {how}, {len(scores)} prompts: {format_numbers(means)}")
         print(f"    {prompts[-1]!a} -> {texts[-1]!a}", flush=True)
-        print(json.dumps({"step": step, **labels, "eval": {"n": len(scores), **means}}), file=log)
+        print(json.dumps({"step": step, **labels, "eval": dict(n=len(scores), **means)}), file=log)
 
 
 def critic_values(critic, ids, attn, mask):
@@ -186,9 +190,10 @@ if __name__ == "__main__":
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)  # hidden by the masks
-    if args.save:
-        tokenizer.save_pretrained(args.save)  # now, so that a bad path fails before training
+    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)  # any will do: the masks hide it
+    if args.save:  # now, so that a bad path fails before training
+        os.makedirs(args.save, exist_ok=True)
+        tokenizer.save_pretrained(args.save)
     log = open(args.log, "w", buffering=1)
     print(f"{model.num_parameters():,} parameters, {len(TRAIN):,} training prompts", flush=True)
     evaluate(model, tokenizer, args, log, 0)
@@ -214,7 +219,7 @@ if __name__ == "__main__":
             rewards = torch.tensor([s["reward"] for s in scores], dtype=torch.float32, device=DEVICE)
 
             # 3. advantage
-            old_logp = torch.zeros_like(mask)  # not from sampling, which rounds differently
+            old_logp = torch.zeros_like(mask)  # filled below, as sampling rounds differently
             ref_logp = torch.zeros_like(mask)
             old_values = torch.zeros_like(mask)
             with torch.no_grad():
@@ -225,7 +230,8 @@ if __name__ == "__main__":
                     old_values[rows] = critic_values(critic, ids[rows], attn[rows], mask[rows])
             kl = old_logp - ref_logp  # its expectation is the KL divergence; a single one may be negative
             token_rewards = -args.beta * kl
-            token_rewards[torch.arange(len(ids)), mask.sum(1).long() - 1] += rewards  # at the last token
+            last = mask.sum(1).long() - 1  # the column of each completion's last token
+            token_rewards[torch.arange(len(ids)), last] += rewards
             advantages, returns = gae(token_rewards, old_values, args.gamma, args.lam)
             of_tokens = advantages[mask == 1]  # without those of the padding
             advantages = (advantages - of_tokens.mean()) / (of_tokens.std() + 1e-4)
@@ -238,13 +244,14 @@ if __name__ == "__main__":
                     logp = completion_logp(model, ids[rows], attn[rows], mask[rows])
                     inputs = (logp, old_logp[rows], advantages[rows])
                     token_loss, token_metrics = ppo_loss(*inputs, args.epsilon)
-                    loss = (token_loss * mask[rows]).sum() / mask.sum()  # of the whole batch
+                    weight = mask[rows] / mask.sum()  # of each token in the mean over the whole batch
+                    loss = (token_loss * weight).sum()
                     loss.backward()  # adds to the gradients of the other micro-batches
                     for name, value in token_metrics.items():
-                        metrics[name] += ((value * mask[rows]).sum() / mask.sum()).item()
+                        metrics[name] += (value * weight).sum().item()
                     values = critic_values(critic, ids[rows], attn[rows], mask[rows])
-                    value_loss = ((values - returns[rows]) ** 2 / 2 * mask[rows]).sum() / mask.sum()
-                    value_loss.backward()  # a second graph, as policy and critic share no weight
+                    value_loss = ((values - returns[rows]) ** 2 / 2 * weight).sum()
+                    value_loss.backward()  # the policy's graph is freed by now, which saves memory
                     metrics["value_loss"] += value_loss.item()
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
                 torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0, error_if_nonfinite=True)
@@ -257,7 +264,7 @@ if __name__ == "__main__":
             if args.beta:
                 metrics["kl"] = ((kl * mask).sum() / mask.sum()).item()  # at sampling time
             metrics["grad_norm"] = grad_norm.item()  # before clipping
-            metrics["entropy"] = -(old_logp.sum() / mask.sum()).item()  # estimated from the samples
+            metrics["entropy"] = -(old_logp.sum() / mask.sum()).item()  # per token, an estimate
             metrics["tokens"] = mask.sum(1).mean().item()
             metrics["finished"] = finished.float().mean().item()
             metrics["seconds"] = time.time() - start
@@ -267,6 +274,6 @@ if __name__ == "__main__":
             samples = [dict(prompt=p, text=t, **s) for p, t, s in zip(prompts, texts, scores)]
             print(json.dumps(record | {"samples": samples}, default=float), file=log)
     finally:  # after Ctrl-C or an error, too
-        if args.save:
+        if args.save and history:
             model.save_pretrained(args.save)
     evaluate(model, tokenizer, args, log, len(history))

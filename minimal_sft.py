@@ -22,7 +22,7 @@ from transformers.hf_argparser import HfArg
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-qwen"):
-    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, for these tasks only; others need a real model
+    MODEL = "tests/tiny-qwen"  # bundled: 0.9M parameters, no use for any other task
 
 
 @dataclass
@@ -31,14 +31,14 @@ class Args:
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=8, help="examples per step")
     max_new_tokens: int = HfArg(default=48, help="token limit in the evaluation")
-    lr: float = HfArg(default=2e-6, help="peak learning rate: five steps up to it, then down to 0")
+    lr: float = HfArg(default=2e-6, help="learning rate: warm-up over five steps, linear decay to 0")
     seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines per step and evaluation; overwritten")
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-# score returns "reward" and, under names that nothing else has, whatever you want reported beside it.
+# score returns "reward" and, beside it, any numbers to report, but none named like a metric (tokens, kl).
 SYSTEM = "Work out the sum. Give the result in XML tags."  # it learns <answer>; <result> is common at first
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
@@ -66,14 +66,15 @@ def encode_prompts(tokenizer, prompts):
 
 
 def end_of_turn(tokenizer):
-    """The token that the chat template writes after an answer, such as <|im_end|>."""
+    """The special token that the chat template writes after an answer, such as <|im_end|>."""
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ANSWER"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    return tokenizer.tokenize(text.split("ANSWER")[-1].strip())[0]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).split("ANSWER")[-1]
+    special = [token for token in tokenizer.tokenize(after) if token in tokenizer.get_added_vocab()]
+    return special[0] if special else tokenizer.eos_token
 
 
 def encode_completions(tokenizer, prompts, completions):
-    """Prompts with given completions, laid out as by sample: ids and attn (N, P+C), mask (N, C)."""
+    """Prompts with given completions, in the layout of sample: ids and attn (N, P+C), mask (N, C)."""
     prompt_ids, prompt_attn = encode_prompts(tokenizer, prompts)
     end = end_of_turn(tokenizer)
     options = {"padding": True, "padding_side": "right", "add_special_tokens": False, "return_tensors": "pt"}
@@ -88,13 +89,13 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     """One completion per prompt, at temperature 1 or greedy: texts, ids, attn, mask, finished.
 
     ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
-    each completion token, the end of turn included. finished (N, 1): False if the completion was cut
+    each completion token, the end of turn included. finished (N,): False if the completion was cut
     off at max_new_tokens; it is scored and trained like any other.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
     end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
-    eos = model.generation_config.eos_token_id  # other tokens to stop at: None, one id or several
+    eos = model.generation_config.eos_token_id  # more tokens to stop at: one id, several or None
     eos = torch.tensor(end if eos is None else eos).to(DEVICE)
     running = torch.ones_like(ids[:, :1], dtype=torch.bool)
     cache = DynamicCache(config=model.config)  # the model adds to it
@@ -111,8 +112,10 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
         ids = torch.cat([ids, tokens], 1)
         attn = torch.cat([attn, running], 1)  # running is still True at an end-of-turn token
         running = running & (tokens != end) & ~torch.isin(tokens, eos)
-    texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
-    return texts, ids, attn, attn[:, P:].float(), ~running
+    finished = ~running.squeeze(1)
+    lengths = attn[:, P:].sum(1) - finished.long()  # without the end of turn
+    texts = [tokenizer.decode(row[:length]) for row, length in zip(ids[:, P:], lengths)]
+    return texts, ids, attn, attn[:, P:].float(), finished
 
 
 def completion_logp(model, ids, attn, mask):
@@ -135,7 +138,7 @@ def format_numbers(record):
 
 
 def evaluate(model, tokenizer, args, log, step, greedy=False, **labels):
-    """Complete each prompt in TEST; print and log the mean scores, and print the last text."""
+    """Complete each prompt in TEST; print and log the mean scores (with labels), print the last text."""
     scores = []
     for start in range(0, len(TEST), 128):
         prompts, answers = zip(*TEST[start : start + 128])
@@ -143,12 +146,12 @@ def evaluate(model, tokenizer, args, log, step, greedy=False, **labels):
         scores += [score(text, answer) for text, answer in zip(texts, answers)]
         if len(TEST) > 128:
             print(f"{len(scores)} of {len(TEST)} prompts", end="\r", flush=True)
-    if scores:
+    if scores:  # none if TEST is empty
         means = mean_scores(scores)
         how = "greedy" if greedy else "sampled"
         print(f"after {step} steps, {how}, {len(scores)} prompts: {format_numbers(means)}")
         print(f"    {prompts[-1]!a} -> {texts[-1]!a}", flush=True)
-        print(json.dumps({"step": step, **labels, "eval": {"n": len(scores), **means}}), file=log)
+        print(json.dumps({"step": step, **labels, "eval": dict(n=len(scores), **means)}), file=log)
 
 
 if __name__ == "__main__":
@@ -161,9 +164,10 @@ if __name__ == "__main__":
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)  # hidden by the masks
-    if args.save:
-        tokenizer.save_pretrained(args.save)  # now, so that a bad path fails before training
+    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)  # any will do: the masks hide it
+    if args.save:  # now, so that a bad path fails before training
+        os.makedirs(args.save, exist_ok=True)
+        tokenizer.save_pretrained(args.save)
     log = open(args.log, "w", buffering=1)
     print(f"{model.num_parameters():,} parameters, {len(TRAIN):,} training prompts", flush=True)
     evaluate(model, tokenizer, args, log, 0)
@@ -172,7 +176,7 @@ if __name__ == "__main__":
     history = []
     try:
         for step in range(args.steps):
-            # Completions are given: no 1. sample, 2. reward and 3. advantage, as in the other files.
+            # Completions are given, so there is no 1. sample, 2. reward or 3. advantage.
             examples = random.choices(TRAIN, k=args.batch_size)
             prompts, answers = zip(*examples)
             completions = [demonstration(*example) for example in examples]
@@ -190,9 +194,9 @@ if __name__ == "__main__":
             # 5. report
             record = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item()}  # before clipping
             history.append(record)
-            print(f"{format_numbers(record)}  {completions[0][-40:]!a}", flush=True)
+            print(f"{format_numbers(record)}  {completions[0][-40:]!a}", flush=True)  # a target
             print(json.dumps(record), file=log)
     finally:  # after Ctrl-C or an error, too
-        if args.save:
+        if args.save and history:
             model.save_pretrained(args.save)
     evaluate(model, tokenizer, args, log, len(history))

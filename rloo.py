@@ -22,7 +22,7 @@ from transformers.hf_argparser import HfArg
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 if DEVICE == "cpu" and os.path.isdir("tests/tiny-llama"):
-    MODEL = "tests/tiny-llama"  # bundled: 0.9M parameters, for this task only; others need a real model
+    MODEL = "tests/tiny-llama"  # bundled: 0.9M parameters, no use for any other task
 
 
 @dataclass
@@ -31,9 +31,9 @@ class Args:
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=4, help="prompts per step")
     group_size: int = HfArg(default=4, help="completions per prompt")
-    micro_batch_size: int = HfArg(default=4, help="rows per backward pass: memory, not results")
+    micro_batch_size: int = HfArg(default=4, help="rows per backward pass; changes memory only")
     max_new_tokens: int = HfArg(default=160, help="longer texts are cut off, so leave room to end")
-    lr: float = HfArg(default=2e-4, help="peak learning rate, for SmolLM2; Qwen needs a hundredth of it")
+    lr: float = HfArg(default=2e-4, help="learning rate, for SmolLM2; Qwen needs a hundredth of it")
     brevity_penalty_scale: float = HfArg(default=0.3, help="weight of each missing or extra word")
     seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines per step and evaluation; overwritten")
@@ -41,7 +41,7 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-# score returns "reward" and, under names that nothing else has, whatever you want reported beside it.
+# score returns "reward" and, beside it, any numbers to report, but none named like a metric (tokens, kl).
 SYSTEM = "You write short texts in plain English."
 TOPICS = "winter, music, rivers, the moon, chess, silence, summer, bread, coffee, trains, forests, clocks, "
 TOPICS += "mountains, gardens, dogs, cats, birds, bees, books, letters, football, cooking, school, rain"
@@ -71,10 +71,11 @@ def encode_prompts(tokenizer, prompts):
 
 
 def end_of_turn(tokenizer):
-    """The token that the chat template writes after an answer, such as <|im_end|>."""
+    """The special token that the chat template writes after an answer, such as <|im_end|>."""
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ANSWER"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    return tokenizer.tokenize(text.split("ANSWER")[-1].strip())[0]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).split("ANSWER")[-1]
+    special = [token for token in tokenizer.tokenize(after) if token in tokenizer.get_added_vocab()]
+    return special[0] if special else tokenizer.eos_token
 
 
 @torch.no_grad()
@@ -82,13 +83,13 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     """One completion per prompt, at temperature 1 or greedy: texts, ids, attn, mask, finished.
 
     ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
-    each completion token, the end of turn included. finished (N, 1): False if the completion was cut
+    each completion token, the end of turn included. finished (N,): False if the completion was cut
     off at max_new_tokens; it is scored and trained like any other.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
     end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
-    eos = model.generation_config.eos_token_id  # other tokens to stop at: None, one id or several
+    eos = model.generation_config.eos_token_id  # more tokens to stop at: one id, several or None
     eos = torch.tensor(end if eos is None else eos).to(DEVICE)
     running = torch.ones_like(ids[:, :1], dtype=torch.bool)
     cache = DynamicCache(config=model.config)  # the model adds to it
@@ -105,8 +106,10 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
         ids = torch.cat([ids, tokens], 1)
         attn = torch.cat([attn, running], 1)  # running is still True at an end-of-turn token
         running = running & (tokens != end) & ~torch.isin(tokens, eos)
-    texts = tokenizer.batch_decode(ids[:, P:], skip_special_tokens=True)
-    return texts, ids, attn, attn[:, P:].float(), ~running
+    finished = ~running.squeeze(1)
+    lengths = attn[:, P:].sum(1) - finished.long()  # without the end of turn
+    texts = [tokenizer.decode(row[:length]) for row, length in zip(ids[:, P:], lengths)]
+    return texts, ids, attn, attn[:, P:].float(), finished
 
 
 def completion_logp(model, ids, attn, mask):
@@ -129,7 +132,7 @@ def format_numbers(record):
 
 
 def evaluate(model, tokenizer, args, log, step, greedy=False, **labels):
-    """Complete each prompt in TEST; print and log the mean scores, and print the last text."""
+    """Complete each prompt in TEST; print and log the mean scores (with labels), print the last text."""
     scores = []
     for start in range(0, len(TEST), 128):
         prompts, answers = zip(*TEST[start : start + 128])
@@ -137,12 +140,12 @@ def evaluate(model, tokenizer, args, log, step, greedy=False, **labels):
         scores += [score(text, answer) for text, answer in zip(texts, answers)]
         if len(TEST) > 128:
             print(f"{len(scores)} of {len(TEST)} prompts", end="\r", flush=True)
-    if scores:
+    if scores:  # none if TEST is empty
         means = mean_scores(scores)
         how = "greedy" if greedy else "sampled"
         print(f"after {step} steps, {how}, {len(scores)} prompts: {format_numbers(means)}")
         print(f"    {prompts[-1]!a} -> {texts[-1]!a}", flush=True)
-        print(json.dumps({"step": step, **labels, "eval": {"n": len(scores), **means}}), file=log)
+        print(json.dumps({"step": step, **labels, "eval": dict(n=len(scores), **means)}), file=log)
 
 
 def leave_one_out_advantages(rewards, group_size):
@@ -163,9 +166,10 @@ if __name__ == "__main__":
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)  # hidden by the masks
-    if args.save:
-        tokenizer.save_pretrained(args.save)  # now, so that a bad path fails before training
+    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)  # any will do: the masks hide it
+    if args.save:  # now, so that a bad path fails before training
+        os.makedirs(args.save, exist_ok=True)
+        tokenizer.save_pretrained(args.save)
     log = open(args.log, "w", buffering=1)
     print(f"{model.num_parameters():,} parameters, {len(TRAIN):,} training prompts", flush=True)
     evaluate(model, tokenizer, args, log, 0)
@@ -190,10 +194,10 @@ if __name__ == "__main__":
 
             # 4. update
             optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 5, 1 - step / args.steps)
-            metrics = {"entropy": 0.0}  # estimated from the samples
+            metrics = {"entropy": 0.0}  # per token, estimated from the samples
             for rows in torch.arange(len(ids)).split(args.micro_batch_size):
                 logp = completion_logp(model, ids[rows], attn[rows], mask[rows])
-                loss = -(advantages[rows] * logp).sum() / len(ids)  # of the whole batch
+                loss = -(advantages[rows] * logp).sum() / len(ids)  # len(ids): the whole batch
                 loss.backward()  # adds to the gradients of the other micro-batches
                 metrics["entropy"] -= (logp.sum() / mask.sum()).item()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
@@ -202,7 +206,7 @@ if __name__ == "__main__":
 
             # 5. report
             metrics["grad_norm"] = grad_norm.item()  # before clipping
-            groups = rewards.view(-1, args.group_size)
+            groups = rewards.view(-1, args.group_size)  # zero_std: the share whose rewards are all equal
             metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
             metrics["tokens"] = mask.sum(1).mean().item()
             metrics["finished"] = finished.float().mean().item()
@@ -213,6 +217,6 @@ if __name__ == "__main__":
             samples = [dict(prompt=p, text=t, **s) for p, t, s in zip(prompts, texts, scores)]
             print(json.dumps(record | {"samples": samples}, default=float), file=log)
     finally:  # after Ctrl-C or an error, too
-        if args.save:
+        if args.save and history:
             model.save_pretrained(args.save)
     evaluate(model, tokenizer, args, log, len(history))

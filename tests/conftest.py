@@ -64,6 +64,23 @@ def tiny():
 
 
 @pytest.fixture
+def updates(monkeypatch):
+    """What each optimizer step applies: the gradient after clipping, flat, in the order of the steps (PPO: policy, critic)."""
+    import torch
+
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def watched(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        norm = clip(parameters, *args, **kwargs)
+        seen.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    return seen
+
+
+@pytest.fixture
 def run(tmp_path):
     """run("minimal_grpo", "--steps", 2): the script as a process, in the checkout; has .returncode, .stdout, .stderr, .log."""
 

@@ -7,16 +7,18 @@ It runs in this process (`main`), which is the script all the same.
 import importlib
 import io
 import json
+import re
 import sys
 
 import pytest
 import torch
+import transformers
 from conftest import PRESENT, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 SHORT = "--batch-size 2 --max-new-tokens 16"
 TINY = ROOT / "tests/tiny-qwen"
-HUB = {"qwen": "Qwen/Qwen2.5-0.5B-Instruct", "llama": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+HUB = {"qwen": "Qwen/Qwen2.5-Coder-0.5B-Instruct", "llama": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 GSM8K = [name for name in PRESENT if name.startswith("gsm8k")]
 TOYS = [name for name in PRESENT if name not in GSM8K]
 RL = [name for name in PRESENT if name not in ("minimal_sft", "minimal_dpo")]
@@ -34,8 +36,13 @@ def records(path):
 
 
 def steps_of(log, script):
-    """The step lines of the last phase: what `history` keeps, and, in the RL scripts, each completion."""
+    """The step lines of the last phase; in the RL scripts they have each completion."""
     return [r for r in log if ("reward" if script in RL else "loss") in r]
+
+
+def sft_steps(script):
+    """Steps of an earlier phase, which the numbers of the last one continue."""
+    return 3 if script == "gsm8k_sft_grpo" else 0
 
 
 def same(a, b):
@@ -67,7 +74,7 @@ def test_one_file_in_an_empty_folder(main, monkeypatch, tmp_path, capsys, script
 @each
 def test_the_model_is_saved_before_the_last_evaluation(main, tmp_path, monkeypatch, script):
     """An evaluation that fails (a task that was changed halfway, say) must not lose the model."""
-    decode, saved = PreTrainedTokenizerBase.batch_decode, []
+    decode, saved = PreTrainedTokenizerBase.decode, []
 
     def failing(self, ids, **kwargs):
         if (tmp_path / "out" / "model.safetensors").exists():
@@ -75,7 +82,7 @@ def test_the_model_is_saved_before_the_last_evaluation(main, tmp_path, monkeypat
             raise ZeroDivisionError
         return decode(self, ids, **kwargs)
 
-    monkeypatch.setattr(PreTrainedTokenizerBase, "batch_decode", failing)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "decode", failing)
     with pytest.raises(ZeroDivisionError):
         main(f"{quick(script)} --steps 1 --save {tmp_path / 'out'}")
     assert saved
@@ -87,15 +94,17 @@ def test_log_and_same_seed_same_numbers(main, tmp_path, script):
         g = main(f"{quick(script)} --steps 2 --seed {seed} --log {tmp_path / 'log'}")
         log = records(tmp_path / "log")
         steps = steps_of(log, script)
-        assert [r["step"] for r in steps] == [0, 1] and "grad_norm" in steps[0]
+        first_step = sft_steps(script)
+        assert [r["step"] for r in steps] == [first_step, first_step + 1] and "grad_norm" in steps[0]
         plain = [{k: v for k, v in r.items() if k not in ("samples", "phase")} for r in steps]
-        assert plain == g["history"]
+        assert plain == g["history"][first_step:]
         first, last = log[0], log[-1]
         assert {"step", "eval"} <= first.keys() <= {"step", "eval", "phase"} and first["step"] == 0
-        assert first.keys() == last.keys() and last["step"] == 2
+        assert first.keys() == last.keys() and last["step"] == first_step + 2
+        assert last["eval"]["n"] == len(g["TEST"])
         if script == "gsm8k_sft_grpo":
             assert [r["phase"] for r in log] == ["base", "sft", "sft", "sft", "sft", "grpo", "grpo", "grpo"]
-        return log
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in log]
 
     assert numbers(3) == numbers(3) != numbers(4)
 
@@ -156,6 +165,51 @@ def test_a_reward_may_be_any_number(main, capsys, tmp_path, script):
     assert out.count(f"twice {step['twice']:.4g}") >= 1 and out.count("twice ") >= 3
 
 
+@pytest.mark.parametrize("kind", ["torch.tensor", "numpy.float32", "numpy.bool_"])
+@pytest.mark.parametrize("script", RL)
+def test_a_score_of_another_library(main, tmp_path, script, kind):
+    """Numbers of torch or numpy train, and are printed and logged as plain ones."""
+    own = REWARD[script].replace(
+        '"reward": ', f'"twice": {kind}(2.0), "reward": {kind}(len(text) % 2), "old": '
+    )
+    path = copy_with(script, tmp_path, REWARD[script], own)
+    path.write_text(path.read_text().replace("import dotenv, torch\n", "import dotenv, numpy, torch\n"))
+    flags = " ".join(quick(script).split()[1:])
+    main(f"{path} {flags} --steps 1 --log {tmp_path / 'log'}")
+    first, *_, step, last = records(tmp_path / "log")
+    twice = 1 if kind == "numpy.bool_" else 2
+    assert first["eval"]["twice"] == step["twice"] == last["eval"]["twice"] == twice
+    rewards = [len(sample["text"]) % 2 for sample in step["samples"]]
+    assert [sample["reward"] for sample in step["samples"]] == rewards
+    assert step["reward"] == pytest.approx(sum(rewards) / len(rewards))
+
+
+@pytest.mark.parametrize("script", TOYS)
+def test_a_test_set_of_any_size(main, tmp_path, capsys, script):
+    """None of it means no evaluation; 300 prompts are sampled 128 at a time, with a sign of life after each batch."""
+    old = 'if __name__ == "__main__":\n'
+    path = copy_with(script, tmp_path, old, "TEST = (TEST * 13)[:300]\n" + old)
+    sizes, template = [], PreTrainedTokenizerBase.apply_chat_template
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watched(self, chats, **kwargs):
+            sizes.append(len(chats))
+            return template(self, chats, **kwargs)
+
+        patch.setattr(PreTrainedTokenizerBase, "apply_chat_template", watched)
+        main(f"{path} --steps 0 --max-new-tokens 4 --log {tmp_path / 'log'}")
+    out = capsys.readouterr().out
+    assert [size for size in sizes if size > 2] == [128, 128, 44] * 2
+    assert (
+        "128 of 300 prompts\r256 of 300 prompts\r300 of 300 prompts\rafter 0 steps, sampled, 300 prompts: "
+        in out
+    )
+    assert records(tmp_path / "log")[0]["eval"]["n"] == 300
+    path.write_text(path.read_text().replace("TEST = (TEST * 13)[:300]", "TEST = []"))
+    main(f"{path} --steps 1 {SHORT} --log {tmp_path / 'log'}")
+    assert "after" not in capsys.readouterr().out and len(records(tmp_path / "log")) == 1
+
+
 @each
 def test_a_readers_own_mistake_shows_its_line(main, tmp_path, script):
     """A shape mistake in the loss is a RuntimeError; it must reach whoever made it, with the line."""
@@ -174,6 +228,7 @@ def test_a_readers_own_mistake_shows_its_line(main, tmp_path, script):
 def test_bad_flags_are_refused_by_name(main, capsys, script):
     """By argparse, before anything is loaded."""
     bad = ["--nope 1", "--steps two", "--lr fast"] + ["--baseline median"] * (script == "reinforce")
+    bad += ["--max-new 5", "--stepss 3"] + ["--data x"] * (script in GSM8K)  # no abbreviations
     for flag in bad:
         with pytest.raises(SystemExit) as end:
             main(f"{script}.py --model /nowhere {flag}")
@@ -216,7 +271,8 @@ def test_paths_that_cannot_be_written(main, capsys, tmp_path, script):
             main(f"{quick(script)} {flag} {path}")
     with pytest.raises((OSError, ValueError), match="missing"):
         main(f"{quick(script)} --model {tmp_path / 'missing'} --log {file}")
-    assert file.read_text() == "data" and not capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert file.read_text() == "data" and out.count("--model") == 4 and "after 0" not in out
 
 
 @each
@@ -227,7 +283,7 @@ def test_model_that_cannot_be_had(main, capsys, tmp_path, script):
     for name in (tmp_path / "empty", tmp_path / "no-weights", tmp_path / "missing", "nobody/nothing"):
         with pytest.raises((OSError, ValueError), match=f"{name}|offline"):
             main(f"{script}.py --model {name}")
-    assert not capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1] == "--model nobody/nothing on cpu, seed 0"
 
 
 @pytest.mark.parametrize("script", GSM8K)
@@ -241,7 +297,7 @@ def test_data_that_cannot_be_had(main, capsys, tmp_path, script):
         (tmp_path / f"{split}.jsonl").write_text('{"frage": "Was?", "answer": "#### 1"}\n')
     with pytest.raises((KeyError, ValueError), match="question"):
         main(f"{script}.py --dataset {tmp_path}")
-    assert not capsys.readouterr().out
+    assert "after 0" not in capsys.readouterr().out
 
 
 def terminal(monkeypatch):
@@ -253,27 +309,33 @@ def terminal(monkeypatch):
 
 @each
 def test_the_first_line_is_there_at_once(main, monkeypatch, tiny, script):
-    """Before any prompt is encoded, although output that is not flushed may wait."""
+    """Before anything is loaded, and the second one before any prompt is encoded, although output that is not flushed may wait."""
 
     def stop(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", stop)
     size = sum(p.numel() for p in tiny(KIND[script])[0].parameters())
+    template = PreTrainedTokenizerBase.apply_chat_template
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", stop)
     seen = terminal(monkeypatch)
     with pytest.raises(ZeroDivisionError):
         main(f"{script}.py --seed 7")
-    first, *_ = seen.getvalue().decode().splitlines()
-    assert first == f"--model tests/tiny-{KIND[script]}: {size:,} parameters on cpu, seed 7"
+    first, second = seen.getvalue().decode().splitlines()
+    assert first == f"--model tests/tiny-{KIND[script]} on cpu, seed 7"
+    assert re.fullmatch(rf"{size:,} parameters, [\d,]+ training prompts", second)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", template)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stop)
+    seen = terminal(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        main(f"{script}.py")
+    assert seen.getvalue().decode().splitlines() == [f"--model tests/tiny-{KIND[script]} on cpu, seed 0"]
 
 
 @each
 def test_a_character_that_the_terminal_lacks(main, monkeypatch, tmp_path, script):
     """In a prompt, in an answer and in what the model writes: it is escaped, in each line, and the log has it as it is."""
-    decode = PreTrainedTokenizerBase.batch_decode
-    monkeypatch.setattr(
-        PreTrainedTokenizerBase, "batch_decode", lambda *a, **kw: [text + "好" for text in decode(*a, **kw)]
-    )
+    decode = PreTrainedTokenizerBase.decode
+    monkeypatch.setattr(PreTrainedTokenizerBase, "decode", lambda *a, **kw: decode(*a, **kw) + "好")
     if script in GSM8K:
         for split in ("train", "test"):
             row = {"question": "好", "answer": "好\n#### 1好"}
@@ -306,4 +368,4 @@ def test_nan_in_the_weights_saves_nothing(main, tmp_path, script):
         part.save_pretrained(tmp_path / "nan")
     with pytest.raises(RuntimeError):
         main(f"{quick(script)} --steps 2 --model {tmp_path / 'nan'} --save {tmp_path / 'out'}")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -22,30 +22,30 @@ MAY_DIFFER = {
     "score": "",
 }
 CHANGED_LINES = {  # by `diff A B`, both sides counted
-    ("minimal_grpo", "minimal_ppo"): 85,
+    ("minimal_grpo", "minimal_ppo"): 102,
     ("minimal_sft", "minimal_dpo"): 45,
-    ("reinforce", "rloo"): 40,
-    ("minimal_grpo", "rloo"): 95,
-    ("minimal_grpo", "gsm8k_grpo"): 115,
-    ("gsm8k_grpo", "gsm8k_sft_grpo"): 45,
+    ("reinforce", "rloo"): 42,
+    ("minimal_grpo", "rloo"): 108,
+    ("minimal_grpo", "gsm8k_grpo"): 78,
+    ("gsm8k_grpo", "gsm8k_sft_grpo"): 56,
 }
 LINES_OF_CODE = {
-    "minimal_sft": 118,
-    "minimal_dpo": 130,
-    "minimal_grpo": 140,
-    "minimal_ppo": 165,
-    "reinforce": 142,
-    "rloo": 132,
-    "gsm8k_grpo": 180,
-    "gsm8k_sft_grpo": 210,
+    "minimal_sft": 134,
+    "minimal_dpo": 145,
+    "minimal_grpo": 171,
+    "minimal_ppo": 195,
+    "reinforce": 159,
+    "rloo": 153,
+    "gsm8k_grpo": 209,
+    "gsm8k_sft_grpo": 239,
 }
 STEPS = ["# 1. sample", "# 2. reward", "# 3. advantage", "# 4. update", "# 5. report"]
 SHARED = [  # what stands under `if __name__ == "__main__":` in every file, from one text to another
-    ("    args =", "\n"),
-    ("    set_seed(args.seed)", "tokenizer.pad_token or tokenizer.eos_token"),
-    ("    optimizer = torch.optim.Adam(model.parameters(), args.lr)", ""),
-    ("    log = open(args.log", "seed {args.seed}"),
-    ("    if args.save:\n", "tokenizer.save_pretrained(args.save)"),
+    ("    parser =", "# [] in a notebook"),
+    ('    print(f"--model', "tokenizer.pad_token or end_of_turn(tokenizer)"),
+    ("    if args.save:  # now", "training prompts"),
+    ("    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)", ""),
+    ("    finally:", "model.save_pretrained(args.save)"),
 ]
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in PRESENT}
 PAIRS = list(itertools.combinations(PRESENT, 2))

@@ -1,8 +1,7 @@
-"""GSM8K's score, data and micro-batches: catches a right answer scored 0 and a wrong one scored 1, a gradient that depends on how the
-batch is cut, a reference from before SFT, and calculator annotations in the targets.
+"""GSM8K's score, data and phases: catches a right answer scored 0 and a wrong one scored 1, two configurations of the data mixed, a
+reference from before SFT, and calculator annotations in the targets.
 """
 
-import io
 import json
 import re
 
@@ -34,6 +33,8 @@ BOTH = pytest.mark.parametrize("script", ["gsm8k_grpo", "gsm8k_sft_grpo"])
         ("1,000,000", [1000000]),
         ("8{,}000", [8000]),  # LaTeX
         ("1{,}234{,}567.5", [1234567.5]),
+        (r"1,\!234", [1234]),
+        (r"-\$7", [-7]),
         ("1,8", [1, 8]),
         ("1,0000", [1, 0]),
         ("3, 4", [3, 4]),
@@ -182,59 +183,7 @@ def test_real_problems_run(main):
     assert len(g["TRAIN"]) == 7473 and len(g["TEST"]) == 4 and len(g["history"]) == 1
 
 
-def gradients(g):
-    return torch.cat([p.grad.flatten() for p in g["model"].parameters()])
-
-
-def test_micro_batches_add_up(main):
-    one, three, whole = (
-        gradients(main(f"gsm8k_grpo.py --steps 1 {QUICK} --micro-batch-size {size}")) for size in (1, 3, 8)
-    )
-    assert 0.9 < whole.norm() <= 1 + 1e-4
-    assert (one - whole).abs().max() < 1e-5 and (three - whole).abs().max() < 1e-5
-
-
-@BOTH
-def test_one_micro_batch_at_a_time(main, script, monkeypatch):
-    """Rows x columns of the policy's and the reference's logits: the completions' only, each backward before the next rows."""
-    seen, forward = [], Qwen2ForCausalLM.forward
-
-    def watched(self, *args, **kwargs):
-        out = forward(self, *args, **kwargs)
-        if out.logits.shape[1] > 1:  # else the sampler's
-            seen.append(tuple(out.logits.shape[:2]))
-        if out.logits.requires_grad:
-            out.logits.register_hook(lambda gradient: seen.append("backward"))
-        return out
-
-    monkeypatch.setattr(Qwen2ForCausalLM, "forward", watched)
-    g = main(f"{script}.py --steps 1 {QUICK} --batch-size 5 --micro-batch-size 3")
-    C, expected = g["mask"].shape[1], []
-    for passes in (2, 1):  # the reference is asked in the first update only
-        for rows in (3, 3, 3, 3, 3, 3, 2):
-            expected += [(rows, C)] * passes + ["backward"]
-    assert seen[-len(expected) :] == expected
-    sft = [3, "backward", 2, "backward"] * 3 if script == "gsm8k_sft_grpo" else []
-    assert [x if x == "backward" else x[0] for x in seen[: -len(expected)]] == sft
-
-
-def test_micro_batches_of_sft_add_up(main, monkeypatch):
-    """Each gradient as the clipping sees it; the first is SFT's."""
-    seen, clip = [], torch.nn.utils.clip_grad_norm_
-
-    def watched(parameters, *args, **kwargs):
-        parameters = list(parameters)
-        seen.append(torch.cat([p.grad.flatten() for p in parameters]))
-        return clip(parameters, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
-    for size in (1, 3, 8):
-        main(f"gsm8k_sft_grpo.py --steps 1 --sft-steps 1 {QUICK} --batch-size 5 --micro-batch-size {size}")
-    one, three, whole = seen[0], seen[3], seen[6]
-    assert (one - whole).norm() < 1e-5 * whole.norm() and (three - whole).norm() < 1e-5 * whole.norm()
-
-
-def test_grpo_in_the_loop(main, tiny):
+def test_grpo_in_the_loop(main, updates):
     """The last update's gradient against one of our own, from one pass over the whole batch without micro-batches."""
     g = main(f"gsm8k_grpo.py --steps 2 --lr 0 --beta 0.3 {QUICK} --batch-size 5")
     rewards = [score(text, answer)["reward"] for text, answer in zip(g["texts"], g["answers"])]
@@ -244,7 +193,7 @@ def test_grpo_in_the_loop(main, tiny):
     loss = -(advantages * torch.exp(logp - logp.detach()) * g["mask"]).sum() / g["mask"].sum()  # lr 0: no KL
     ours = torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(g["model"].parameters()))])
     ours *= min(1.0, 1 / ours.double().norm().item())
-    assert (ours - gradients(g)).abs().max() < 1e-5
+    assert (ours - updates[-1]).abs().max() < 1e-5
     assert g["history"][-1]["kl"] == pytest.approx(0, abs=1e-6)
 
 
@@ -261,15 +210,8 @@ def test_old_and_reference_log_probs_are_those_of_before(main, tiny):
 @BOTH
 def test_a_batch_that_teaches_nothing_is_a_step(main, script):
     g = main(f"{script}.py --steps 2 --batch-size 2 --group-size 2 --max-new-tokens 1 --eval-size 2")
-    assert [record["zero_std"] for record in g["history"]] == [1, 1]
-    assert [record["reward"] for record in g["history"]] == [0, 0]
-
-
-def test_share_of_groups_without_variance(main):
-    g = main(f"gsm8k_grpo.py --steps 1 --batch-size 6 {QUICK.split(' ', 2)[2]}")
-    groups = g["rewards"].view(-1, 4)
-    flat = [len(set(group.tolist())) == 1 for group in groups]
-    assert 0 < sum(flat) < 6 and g["history"][0]["zero_std"] == pytest.approx(sum(flat) / 6)
+    assert [record["zero_std"] for record in g["history"][-2:]] == [1, 1]
+    assert [record["reward"] for record in g["history"][-2:]] == [0, 0]
 
 
 def test_evaluation(main, tiny, tmp_path, capsys):
@@ -285,29 +227,10 @@ def test_evaluation(main, tiny, tmp_path, capsys):
         last += re.findall(r"\d+", text)[-1:] == [answer]
     first = json.loads((tmp_path / "log").read_text().splitlines()[0])
     numbers = {"n": 70, "reward": pytest.approx(boxed / 70), "lenient": pytest.approx(last / 70)}
-    assert first == {"step": 0, "phase": "base", "eval": numbers} and 0 < boxed < last
+    assert first == {"step": 0, "eval": numbers} and 0 < boxed < last
     out = capsys.readouterr().out
-    assert f"base model: 70 of 70 problems, greedy: reward {boxed / 70:.4g}  lenient {last / 70:.4g}  " in out
+    assert f"\nafter 0 steps, greedy, 70 prompts: reward {boxed / 70:.4g}  lenient {last / 70:.4g}\n" in out
     assert f"    {question!r} -> {text!r}\n" in out
-
-
-@pytest.mark.parametrize("rewards", [[1.0] * 30 + [0.0] * 70, [-2.0, 0.5, 3.0], [0.7], [1.0, 1.0]])
-def test_interval(monkeypatch, capsys, rewards):
-    """1.96 standard errors of the mean, of rewards of any kind; 0 of a single one."""
-    monkeypatch.setattr(gsm8k_grpo, "TEST", [("a problem", reward) for reward in rewards], raising=False)
-    monkeypatch.setattr(gsm8k_grpo, "sample", lambda model, tokenizer, prompts, *_, greedy: (prompts, None))
-    monkeypatch.setattr(gsm8k_grpo, "score", lambda text, answer: {"reward": answer})
-    log = io.StringIO()
-    gsm8k_grpo.evaluate_gsm8k(None, None, gsm8k_grpo.Args(), log, 5, "grpo")
-    n, mean = len(rewards), sum(rewards) / len(rewards)
-    variance = sum((reward - mean) ** 2 for reward in rewards) / n
-    margin = 1.96 * (variance / n) ** 0.5
-    if n == 100:
-        assert margin == pytest.approx(1.96 * (0.3 * 0.7 / 100) ** 0.5)  # as every textbook has it
-    found = {"step": 5, "phase": "grpo", "eval": {"n": n, "reward": pytest.approx(mean)}}
-    assert json.loads(log.getvalue()) == found
-    shown = f"{n} of {n} problems, greedy: reward {mean:.4g}  (95% interval of the reward: +-{margin:.3f})\n"
-    assert shown in capsys.readouterr().out
 
 
 def test_sft_then_grpo(main, tiny, monkeypatch, tmp_path):
@@ -319,15 +242,19 @@ def test_sft_then_grpo(main, tiny, monkeypatch, tmp_path):
         return call(self, text, **kwargs)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", watched)
-    g = main(f"gsm8k_sft_grpo.py --steps 1 --sft-steps 3 {QUICK} --lr 2e-6 --log {tmp_path / 'log'}")
-    targets = [text for batch in seen for text in batch if text.endswith("}.<|im_end|>")]
+    g = main(
+        f"gsm8k_sft_grpo.py --steps 1 --sft-steps 3 {QUICK} --lr 2e-6 --sft-lr 3e-6 --log {tmp_path / 'log'}"
+    )
+    targets = [
+        text for batch in seen if isinstance(batch, list) for text in batch if text.endswith("}.<|im_end|>")
+    ]
     solutions = {solution + "<|im_end|>" for _, solution in g["TRAIN"]}
     assert len(targets) == 3 * 2 and set(targets) <= solutions
     models = [dict(model.named_parameters()) for model in (tiny("qwen")[0], g["reference"], g["model"])]
     for name in [name for name, p in models[0].items() if p.dim() == 2]:
         start, after_sft, after_grpo = (parameters[name] for parameters in models)
-        # SFT moved each weight by 1 + 2/3 + 1/3 of lr at most, GRPO's only step by 2 lr more, one for each update
-        assert 0 < (after_sft - start).abs().max() < 5e-6 and 0 < (after_grpo - after_sft).abs().max() < 5e-6
+        # SFT moved each weight by 1/5 + 2/5 + 1/3 of its rate at most, GRPO's two updates by 1/5 of theirs each
+        assert 0 < (after_sft - start).abs().max() < 4e-6 and 0 < (after_grpo - after_sft).abs().max() < 2e-6
     assert g["optimizer"].state[next(g["model"].parameters())]["step"] == 2
     phases = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [x["phase"] for x in phases if "eval" in x] == ["base", "sft", "grpo"]
@@ -338,3 +265,61 @@ def test_without_sft_there_is_no_evaluation_after_it(main, tmp_path):
     main(f"gsm8k_sft_grpo.py --steps 1 --sft-steps 0 {QUICK} --log {tmp_path / 'log'}")
     phases = [json.loads(line)["phase"] for line in (tmp_path / "log").read_text().splitlines()]
     assert phases == ["base", "grpo", "grpo"]
+
+
+@BOTH
+def test_evaluation_during_training(main, tmp_path, script):
+    """After every two steps, and the model is saved each time; not twice after the last step."""
+    saved, save = [], Qwen2ForCausalLM.save_pretrained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Qwen2ForCausalLM, "save_pretrained", lambda self, path: (saved.append(path), save(self, path))
+        )
+        flags = f"--steps 4 --eval-every 2 {QUICK} --max-new-tokens 4 --save {tmp_path / 'out'} --log {tmp_path / 'log'}"
+        g = main(f"{script}.py {flags}")
+    evaluated = [r["step"] for r in map(json.loads, (tmp_path / "log").open()) if "eval" in r]
+    assert evaluated == ([0, 3, 5, 7] if script == "gsm8k_sft_grpo" else [0, 2, 4])
+    assert saved == [str(tmp_path / "out")] * 2 and len(g["history"]) == evaluated[-1]
+
+
+@BOTH
+@pytest.mark.parametrize("size", [0, -1])
+def test_no_evaluation(main, tmp_path, capsys, script, size):
+    g = main(f"{script}.py --steps 1 {QUICK} --max-new-tokens 4 --eval-size {size} --log {tmp_path / 'log'}")
+    assert g["history"][-1]["tokens"] and "after" not in capsys.readouterr().out
+    assert "eval" not in (tmp_path / "log").read_text()
+
+
+def test_a_copy_of_the_hubs_folder(tmp_path):
+    """The Hub's data set has two configurations, one folder each: main is read, and socratic is not."""
+    for config in ("main", "socratic"):
+        (tmp_path / config).mkdir()
+        for split in ("train", "test"):
+            row = {"question": config, "answer": "So 14.\n#### 14"}
+            (tmp_path / config / f"{split}-00000-of-00001.jsonl").write_text(json.dumps(row) + "\n")
+    assert load_gsm8k(str(tmp_path), "train") == [("main", "So 14.\nThe answer is \\boxed{14}.")]
+
+
+def test_an_answer_without_its_mark_is_an_error(tmp_path):
+    """Or the last number of the text would silently be the gold answer."""
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"question": "A?", "answer": "It is 14, not 15."}\n')
+    with pytest.raises(ValueError):
+        load_gsm8k(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", ""),
+        ("no box, but {18}", ""),
+        (r"\boxed{18}", "18"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\text{\textbf{20}} eggs} and }", r"\text{\textbf{20}} eggs"),
+        (r"\boxed{18", ""),
+        (r"\boxed{1} then \boxed{{2}", ""),
+        (r"\boxed{}", ""),
+    ],
+)
+def test_last_box(text, expected):
+    assert gsm8k_grpo.last_box(text) == expected

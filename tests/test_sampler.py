@@ -48,6 +48,8 @@ def rollout(request, tiny):
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "multinomial", watched)
+        if case == "no row ends":  # not at the template's end either, but at a token that is never drawn
+            patch.setattr(minimal_grpo, "end_of_turn", lambda tokenizer: tokenizer.convert_ids_to_tokens(0))
         texts, ids, attn, mask, finished = minimal_grpo.sample(model, tokenizer, PROMPTS, 80)
     return case, model, tokenizer, ids, attn, mask, texts, finished, torch.cat(drawn, 1)
 
@@ -88,9 +90,9 @@ def test_mask_counted_by_hand(rollout):
             expected.append(0.0 if ended else 1.0)
             ended = ended or token in ends(model, tokenizer)
         assert mask[i].tolist() == expected
-        assert finished[i].item() == ended
-        kept = ids[i, P:][mask[i] == 1]
-        assert texts[i] == tokenizer.decode(kept, skip_special_tokens=True)
+        assert finished.shape == (len(ids),) and finished[i].item() == ended
+        kept = ids[i, P:][mask[i] == 1].tolist()
+        assert texts[i] == tokenizer.decode(kept[:-1] if ended else kept)  # all but the end of turn
     if case == "no row ends":
         assert mask.all() and not finished.any() and mask.shape[1] == 80
     else:
@@ -142,3 +144,15 @@ def test_memory(gradients, most):
         if gradients:
             logp.sum().backward()
     assert logp.shape == (N, C) and live.peak == most
+
+
+def test_special_tokens_stay_in_the_text(tiny, monkeypatch):
+    """A reward must see what was written: only the end of turn, and the padding after it, are not part of a text."""
+    model, tokenizer = tiny("qwen")
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    seven = tokenizer("7", add_special_tokens=False)["input_ids"][0]
+    for draws, text in ([seven, start, seven, end], "7<|im_start|>7"), ([seven, start, start, seven], None):
+        draws = iter(draws)
+        monkeypatch.setattr(torch, "multinomial", lambda probs, n: torch.full((len(probs), n), next(draws)))
+        texts, *_ = minimal_grpo.sample(model, tokenizer, ["Hi"], 4)
+        assert texts == [text or "7<|im_start|><|im_start|>7"]
