@@ -3,7 +3,7 @@
     uv run tests/benchmark.py
 
 Prints one table, each row ours / theirs / ratio, medians of at least 5 runs taken in turn (memory on a CPU:
-of 2); then where the time goes, and the memory of a micro-batch at Qwen2.5-0.5B's shape (which takes 11 GB).
+of 2); then where the time goes. tests/memory.py counts what the scripts take on a GPU.
 On a CPU it times the bundled model; on CUDA also a Qwen2 of Qwen2.5-0.5B's shape with random weights, for
 speed and memory depend on the shape alone. TRL's row needs the dev dependencies.
 """
@@ -98,6 +98,7 @@ class StepClock(io.StringIO):
 def ours_grpo(script, steps, group_size=8):
     """Seconds of each batch of the script; a learning rate of 0 keeps the completions as long as they are at first."""
     sys.argv = f"{script} --steps {steps} --lr 0 --seed {steps} --group-size {group_size}".split()
+    sys.argv += ["--micro-batch-size", str(8 * group_size)]  # one pass, as TRL's
     clock = StepClock()
     with contextlib.redirect_stdout(clock), contextlib.redirect_stderr(io.StringIO()):
         runpy.run_path(str(script), run_name="__main__")
@@ -201,7 +202,7 @@ def profile(model, tokenizer, batches=10):
         )
     model.forward = forward
     reference, old_logp = copy.deepcopy(model), None
-    optimizer = torch.optim.Adam(model.parameters(), 0.0)
+    optimizer = torch.optim.Adam(model.parameters(), 0.0, fused=True)
     prompts = [f"What is {i // 8} + {i // 8}?" for i in range(64)]
     advantages = torch.randn(64, 1, device=DEVICE)
     sampling = 0.0
@@ -238,32 +239,7 @@ def peak_memory(folder, size):
     return float(out.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def memory(name):
-    """VmRSS, what this process has in memory now, or VmHWM, the most that it ever had, in GiB."""
-    return float(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 2**20
-
-
-def micro_batch(rows):
-    """Prints the GiB that forward and backward of a micro-batch add to weights and gradients at 0.5 B.
-
-    Its prompts have 150 tokens, its completions 256.
-    """
-    with torch.device(DEVICE):
-        model = Qwen2ForCausalLM(Qwen2Config(**HALF_BILLION)).eval()
-        ids = torch.randint(1000, (rows, 406))
-        attn, mask = torch.ones_like(ids), torch.ones(rows, 256)
-    model(ids[:1, :8]).logits.sum().backward()  # makes the gradients
-    before = torch.cuda.memory_allocated() / 2**30 if DEVICE == "cuda" else memory("VmRSS")
-    minimal_grpo.completion_logp(model, ids, attn, mask).mean().backward()
-    after = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else memory("VmHWM")
-    print(
-        f"0.5 B: a micro-batch of {rows} adds {after - before:.2f} GiB to weights and gradients", flush=True
-    )
-
-
 def main():
-    if sys.argv[1:]:
-        return micro_batch(int(sys.argv[1]))  # in a process of its own, for its peak
     print(f"{DEVICE}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
     if DEVICE == "cuda":
         print(torch.cuda.get_device_name())
@@ -309,8 +285,6 @@ def main():
             few.append(peak_memory(folder, 2))
             whole.append(peak_memory(folder, 16))
     row(f"{name}: GSM8K step, micro-batches of 2 / of 16", few, whole, "MiB", more_is_better=False)
-    for rows in (2, 4):
-        subprocess.run([sys.executable, "tests/benchmark.py", str(rows)], check=True)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests/results.json"
 
 PROBE = """\
-        with torch.random.fork_rng():
-            torch.manual_seed(1000 * (args.seed + 1) + step)
-            probed = sample(model, tokenizer, [p for p, _ in TEST], args.max_new_tokens)[0]
-            right = [score(t, a)["reward"] for t, (_, a) in zip(probed, TEST)]
-            group = sample(model, tokenizer, ["What is 9 + 9?"] * 8, args.max_new_tokens)[0]
-        print(json.dumps({"step": step, "sampled": sum(right) / len(right), "group": group}), file=log)
+            with torch.random.fork_rng():
+                torch.manual_seed(1000 * (args.seed + 1) + step)
+                probed = sample(model, tokenizer, [p for p, _ in TEST], args.max_new_tokens)[0]
+                right = [score(t, a)["reward"] for t, (_, a) in zip(probed, TEST)]
+                group = sample(model, tokenizer, ["What is 9 + 9?"] * 8, args.max_new_tokens)[0]
+            print(json.dumps({"step": step, "sampled": sum(right) / len(right), "group": group}), file=log)
 """
 
 ARITHMETIC = "minimal_sft minimal_dpo minimal_grpo minimal_ppo".split()
@@ -84,7 +84,7 @@ YOURS = [  # "Make it yours" in the README
 
 def jobs():
     """(name, seed, script, flags, changes) of every run."""
-    probe = "        history.append(record)\n"
+    probe = "            history.append(record)\n"
     for script in ARITHMETIC:
         for seed in range(5):
             yield script, seed, script, "", [(probe, probe + PROBE)]

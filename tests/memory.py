@@ -94,10 +94,8 @@ class Live(TorchDispatchMode):
         return out
 
 
-def activations(script, model):
+def activations(model, P, C, N):
     """Bytes alive at the worst moment of a micro-batch's passes. A weight's gradient is left out: its place is counted with the weights."""
-    P, C, rows = ROWS[script]
-    N = rows(importlib.import_module(script).Args())
     ids = torch.zeros(N, P + C, dtype=torch.long, device="meta")
     for weight in model.parameters():
         weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
@@ -122,8 +120,16 @@ def count():
         weights = 4 * model.num_parameters() / GIB
         reference = script not in ("minimal_sft", "reinforce", "rloo")
         states = 4 * weights + reference * weights + (script == "minimal_ppo") * 4 * weights
-        peak = activations(script, model)
-        print(f"| {script} | {4 * weights:.1f} | {states:.1f} | {peak / GIB:.1f} | {states + peak / GIB:.1f} |")
+        N = rows(importlib.import_module(script).Args())
+        peak = activations(model, P, C, N)
+        print(
+            f"| {script} | {4 * weights:.1f} | {states:.1f} | {peak / GIB:.1f} | {states + peak / GIB:.1f} |"
+        )
+    model.gradient_checkpointing_enable()
+    model.train()
+    for rows in (2, 8):
+        peak = activations(model, P, C, rows)
+        print(f"{script} with gradient checkpointing, micro-batches of {rows}: {peak / GIB:.1f}")
 
 
 def measure(qwen, smollm, scripts):

@@ -191,7 +191,7 @@ def grad_norm(model, loss):
 
 @pytest.fixture
 def calculator(main, tmp_path):
-    """calculator(flags): one step on a data set of one problem; its record in the log."""
+    """calculator(flags): a run on a data set of one problem; the records of its steps."""
     row = {"question": QUESTION, "answer": "".join(RIGHT).split("The answer")[0] + "#### 11"}
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
@@ -200,24 +200,21 @@ def calculator(main, tmp_path):
     def calculator(flags):
         main(f"{path} --dataset {tmp_path} --micro-batch-size 1 --eval-size 1 --log {log} {flags}")
         records = [json.loads(line) for line in log.read_text().splitlines()]
-        return next(record for record in records if "grad_norm" in record)
+        return [record for record in records if "grad_norm" in record]
 
     return calculator
 
 
 def test_the_loss_of_sft_is_that_of_the_own_tokens(tiny, calculator):
-    record = calculator("--sft-steps 1 --steps 0 --batch-size 1")
+    (record,) = calculator("--sft-steps 1 --steps 0 --batch-size 1")
     model, (logp,) = own_logps(tiny, [RIGHT])
     assert record["loss"] == pytest.approx(-logp.mean().item(), rel=1e-5)
     assert record["grad_norm"] == pytest.approx(grad_norm(model, -logp.mean()), rel=1e-4)
 
 
-def test_the_loss_of_grpo_is_that_of_the_own_tokens(monkeypatch, tiny, calculator):
-    """A right and a wrong completion: advantages of plus and minus 1 / sqrt(2), for the standard deviation is that of a sample."""
-    (model, logps), (_, tokenizer) = own_logps(tiny, [RIGHT, WRONG]), tiny("qwen")
-    advantage = 0.5 / (0.5**0.5 + 1e-4)
-    loss = -advantage * (logps[0].sum() - logps[1].sum()) / sum(map(len, logps))
-    scripts = [[t for piece in row for t in tokenizer(piece)["input_ids"]] for row in (RIGHT, WRONG)]
+def imitate(monkeypatch, tokenizer, rows):
+    """The draws of the next batch are the tokens of the given completions."""
+    scripts = [[t for piece in row for t in tokenizer(piece)["input_ids"]] for row in rows]
     steps = itertools.count()
 
     def scripted(probs, count):
@@ -225,9 +222,38 @@ def test_the_loss_of_grpo_is_that_of_the_own_tokens(monkeypatch, tiny, calculato
         return torch.tensor([[script[step] if step < len(script) else 0] for script in scripts])
 
     monkeypatch.setattr(torch, "multinomial", scripted)
+
+
+def test_the_loss_of_grpo_is_that_of_the_own_tokens(monkeypatch, tiny, calculator):
+    """A right and a wrong completion: advantages of plus and minus 1 / sqrt(2), for the standard deviation is that of a sample."""
+    (model, logps), (_, tokenizer) = own_logps(tiny, [RIGHT, WRONG]), tiny("qwen")
+    advantage = 0.5 / (0.5**0.5 + 1e-4)
+    loss = -advantage * (logps[0].sum() - logps[1].sum()) / sum(map(len, logps))
+    imitate(monkeypatch, tokenizer, [RIGHT, WRONG])
     flags = "--sft-steps 0 --steps 1 --batch-size 1 --group-size 2 --update-epochs 1 --beta 0"
-    record = calculator(flags)
+    (record,) = calculator(flags)
     assert record["reward"] == 0.5 and record["finished"] == 1
     assert record["calls"] == 1.5 and record["failed_calls"] == 0.5
     assert record["tokens"] == sum(map(len, logps)) / 2
     assert record["grad_norm"] == pytest.approx(grad_norm(model, loss), rel=1e-4)
+
+
+def test_results_do_not_depend_on_micro_batches(monkeypatch, updates, tiny, calculator):
+    """Every gradient, loss and metric of SFT and GRPO, as in tests/test_micro_batches.py: rows with two calls, one and none."""
+    rows = [RIGHT, WRONG, [*RIGHT[:2], "<|im_end|>"], WRONG[2:], RIGHT, WRONG]
+    flags = "--sft-steps 1 --steps 1 --batch-size 2 --group-size 3 --epsilon 0.001"
+    found = []
+    for size in (6, 4, 1):
+        updates.clear()
+        imitate(monkeypatch, tiny("qwen")[1], rows)
+        records = calculator(f"{flags} --micro-batch-size {size}")
+        assert [record.pop("seconds", 0) > 0 for record in records] == [False, True]
+        assert records[1].pop("samples") and records[1]["calls"] == 7 / 6
+        found.append(([{k: v for k, v in r.items() if k != "phase"} for r in records], list(updates)))
+    (whole, gradients), *parts = found
+    assert len(gradients) == 3
+    for records, gradients_of_parts in parts:
+        for ours, theirs in zip(records, whole, strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-5)
+        for ours, theirs in zip(gradients_of_parts, gradients, strict=True):
+            assert theirs.norm() > 1e-3 and (ours - theirs).norm() < 1e-3 * theirs.norm()

@@ -4,7 +4,7 @@ the last one gives, a gradient of theirs alone, a reference or an old log-prob t
 
 import pytest
 import torch
-from conftest import PRESENT
+from conftest import PRESENT, ROOT
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 RL = [name for name in PRESENT if name not in ("minimal_sft", "minimal_dpo")]
@@ -73,3 +73,38 @@ def test_one_graph_at_a_time(main, monkeypatch, script):
         assert kinds == [False, True, "backward"] * 3 + [True, "backward"] * 3
     if script == "minimal_dpo":  # the reference's pass is over before the policy's graph begins
         assert [event == "backward" or event[2] for event in events] == [False, True, True]
+
+
+def test_gradient_checkpointing(main, updates, monkeypatch, tmp_path):
+    """The README's recipe: the same numbers with fewer activations kept, and samples that still see the whole context."""
+    source = (ROOT / "minimal_grpo.py").read_text()
+    for old, new in (
+        ("    history = []\n", "    history = []\n    model.gradient_checkpointing_enable()\n"),
+        ("            # 4. update\n", "            # 4. update\n            model.train()\n"),
+        ("            # 5. report\n", "            # 5. report\n            model.eval()\n"),
+    ):
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (tmp_path / "checkpointed.py").write_text(source)
+    found, kept = [], []
+    for path in ("minimal_grpo.py", tmp_path / "checkpointed.py"):
+        updates.clear()
+        sizes = []
+
+        def pack(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            g = main(f"{path} --steps 2 --batch-size 2 --group-size 4")
+        metrics = [{k: v for k, v in record.items() if k != "seconds"} for record in g["history"]]
+        found.append((metrics, list(updates), g["texts"]))
+        kept.append(sum(sizes))
+    (plain, gradients, texts), (checkpointed, theirs, same_texts) = found
+    assert (
+        checkpointed == [pytest.approx(record, rel=2e-3, abs=1e-5) for record in plain]
+        and texts == same_texts
+    )
+    for ours, other in zip(gradients, theirs, strict=True):
+        assert (ours - other).norm() < 1e-3 * ours.norm()
+    assert kept[1] < 0.8 * kept[0]
