@@ -348,7 +348,7 @@ def test_a_teacher_of_another_vocabulary_is_an_error(main, tmp_path):
         main(f"{patched('on_policy_distillation', tmp_path)} --teacher tests/tiny-llama")
 
 
-def test_reward_model(main, variant, tiny, tmp_path):
+def test_reward_model(main, variant, tiny, tmp_path, capsys):
     predicted = torch.tensor([0.3, -0.2, 1.0, 0.5])
     rewards = torch.tensor([1.0, 0.0, 0.0, 2.0])
     pairs = [(0, 1), (0, 2), (3, 0), (3, 1), (3, 2)]
@@ -359,6 +359,7 @@ def test_reward_model(main, variant, tiny, tmp_path):
 
     flags = "--steps 1 --reward-steps 3 --reward-lr 1e-4 --batch-size 4"  # less would be rounded away in the large gains
     g = main(f"{patched('reward_model', tmp_path)} {flags}")
+    assert "reward model step 0  loss 0.6931\n" in capsys.readouterr().out, "log 2, a mean over all pairs"
     judge, fresh = g["reward_model"], tiny("qwen")[0]
     assert not any(p.requires_grad for p in judge.parameters()) and judge.lm_head.weight.shape == (1, 128)
     for name, p in judge.named_parameters():
@@ -533,6 +534,7 @@ def test_shared_prompts_take_the_same_steps(main, tmp_path):
     shared = main(f"{patched('shared_prompts', tmp_path)} {flags}")
     assert shared["texts"] == base["texts"]
     for a, b in zip(shared["history"], base["history"], strict=True):
+        assert a.pop("seconds") and b.pop("seconds")
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
