@@ -67,7 +67,10 @@ def test_one_file_in_an_empty_folder(main, monkeypatch, tmp_path, capsys, script
     monkeypatch.setattr("conftest.ROOT", tmp_path)  # where main runs it
     data = f"--dataset {ROOT}/tests/tiny-gsm8k" if script in GSM8K else ""
     g = main(f"{quick(script)} --steps 1 --model {ROOT}/tests/tiny-{KIND[script]} {data}")
-    assert len(g["history"]) == 1 and f"--model {ROOT}/tests/tiny-" in capsys.readouterr().out
+    assert (
+        len(g["history"]) == sft_steps(script) + 1
+        and f"--model {ROOT}/tests/tiny-" in capsys.readouterr().out
+    )
     assert g["MODEL"] == HUB[KIND[script]] and (script not in GSM8K or g["DATASET"] == "openai/gsm8k")
 
 
@@ -248,7 +251,7 @@ def test_values_that_make_sense_are_not_refused(main, script):
     flags = {"minimal_dpo": "--beta 2", "minimal_grpo": "--beta 2 --epsilon 1.5", "minimal_ppo": "--beta 3"}
     flags |= dict.fromkeys(["reinforce", "rloo"], "--brevity-penalty-scale 5")
     g = main(f"{quick(script)} --steps 1 --lr 0 --batch_size 3 {flags.get(script, '')}")
-    assert len(g["history"]) == 1 and g["args"].batch_size == 3
+    assert len(g["history"]) == sft_steps(script) + 1 and g["args"].batch_size == 3
 
 
 @each

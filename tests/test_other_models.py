@@ -49,6 +49,7 @@ KINDS = {
         "Lfm2Config",
         {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     ),
+    "phi": ("PhiForCausalLM", "PhiConfig", {"partial_rotary_factor": 0.5}),  # its lm_head has a bias
     "qwen3-next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", DELTA | EXPERTS),
     "qwen3.5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", DELTA),
 }
@@ -115,6 +116,7 @@ def test_drawn_is_trained(monkeypatch, kind):
         ("llama", "two", None, {}),
         ("gemma3", "one", "own", {}),
         ("llama", "one", "eos", {"tie_word_embeddings": True}),
+        ("phi", "one", "own", {}),
     ],
 )
 def test_two_steps(main, tmp_path, kind, ends, pad, more):
@@ -124,6 +126,9 @@ def test_two_steps(main, tmp_path, kind, ends, pad, more):
         short = " --eval-size 2" if script.startswith("gsm8k") else ""
         flags = f"--model {tmp_path / 'model'} --steps 2 --batch-size 2 --max-new-tokens 6 --lr 1e-3{short}"
         g = main(f"{script}.py {flags}")
-        assert len(g["history"]) == 2 and type(g["model"]).__name__ == KINDS[kind][0]
+        sft = 3 if script == "gsm8k_sft_grpo" else 0  # steps of its first phase
+        assert len(g["history"]) == sft + 2 and type(g["model"]).__name__ == KINDS[kind][0]
         assert g["mask"].sum() >= len(g["mask"])
         assert all(torch.isfinite(p).all() for p in g["model"].parameters())
+        if script == "minimal_ppo":
+            assert [name for name, _ in g["critic"].lm_head.named_parameters()] == ["weight"]
