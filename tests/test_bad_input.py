@@ -29,5 +29,6 @@ def test_model_that_cannot_be_had(run):
     """Gated, and no way to the Hub: the library's own words, and not the token."""
     model = "meta-llama/Llama-3.2-1B-Instruct"
     done = run("minimal_sft", "--model", model, HF_TOKEN=SECRET)
-    assert done.returncode == 1 and not done.stdout and not done.log and SECRET not in done.stderr
+    assert done.returncode == 1 and done.stdout == f"--model {model} on cpu, seed 0\n"
+    assert not done.log and SECRET not in done.stderr
     assert "offline" in done.stderr[done.stderr.index("\nOSError: ") :]
