@@ -1,7 +1,9 @@
 """Draws the READMEs' figures from the logs that tests/measure.py leaves: uv run tests/figures.py LOGS
-The one of the real models comes from tests/real/ and needs no LOGS.
+The map of the files and those of the real models need no LOGS.
 """
 
+import ast
+import difflib
 import json
 import re
 import sys
@@ -14,9 +16,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+ROOT = Path(__file__).parent.parent
 FIGURES = Path(__file__).parent / "figures"
 REAL = Path(__file__).parent / "real"
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8e63b5", "#999999"
+METHOD = {"SFT": GREEN, "DPO": ORANGE, "REINFORCE": RED, "RLOO": "#7a4419", "GRPO": BLUE, "PPO": PURPLE}  # in all figures
 plt.rcParams |= {"font.size": 14, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
 plt.rcParams |= {"grid.alpha": 0.3, "savefig.dpi": 120, "savefig.facecolor": "white", "lines.linewidth": 2.2}
 
@@ -28,22 +32,21 @@ def logs(folder, name):
     return [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
 
 
-def band(axes, x, runs, color, label):
+def band(axes, x, runs, color, label, dashes="-"):
     """The seeds' mean as a line and their range as a band. runs: a list of values for each seed."""
     columns = list(zip(*runs, strict=True))
-    axes.plot(x, [sum(c) / len(c) for c in columns], color=color, label=label)
+    axes.plot(x, [sum(c) / len(c) for c in columns], color=color, label=label, ls=dashes)
     axes.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.18, lw=0)
 
 
 def methods(folder):
     """The four arithmetic methods: correct sampled answers against completions trained on."""
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    per_step = {"minimal_sft": (8, GREEN), "minimal_dpo": (16, ORANGE)}
-    per_step |= {"minimal_grpo": (64, BLUE), "minimal_ppo": (64, PURPLE)}
-    for name, (completions, color) in per_step.items():
-        runs = [[r["sampled"] for r in run if "sampled" in r] for run in logs(folder, name)]
+    for method, completions in {"SFT": 8, "DPO": 16, "GRPO": 64, "PPO": 64}.items():  # per step
+        runs = logs(folder, f"minimal_{method.lower()}")
+        runs = [[r["sampled"] for r in run if "sampled" in r] for run in runs]
         x = [completions * (step + 1) for step in range(len(runs[0]))]
-        band(axes, x, runs, color, name.removeprefix("minimal_").upper())
+        band(axes, x, runs, METHOD[method], method)
     axes.set(xscale="log", xlabel="completions trained on (given or sampled)", ylim=(0, 1.02))
     axes.set_xticks([8, 16, 32, 64, 128, 256, 512, 1024, 1920])
     axes.set_xticklabels(["8", "16", "32", "64", "128", "256", "512", "1024", "1920"], fontsize=12)
@@ -115,11 +118,12 @@ def styles(folder):
 def lexical(folder):
     """REINFORCE with its four baselines, and RLOO: the sampled reward."""
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    series = {"reinforce-none": ("no baseline", RED), "reinforce-mean": ("mean", BLUE)}
-    series |= {"reinforce-ema": ("ema", GREEN), "reinforce-scst": ("scst", ORANGE), "rloo": ("RLOO", PURPLE)}
-    for name, (label, color) in series.items():
+    series = {"reinforce-none": ("no baseline", "#f3b48b", ":"), "reinforce-mean": ("mean", RED, "-")}
+    series |= {"reinforce-ema": ("ema", "#8c3d00", "--"), "reinforce-scst": ("scst", "#e0874a", "-.")}
+    series |= {"rloo": ("RLOO", METHOD["RLOO"], "-")}
+    for name, (label, color, dashes) in series.items():
         runs = [[r["reward"] for r in run if "eval" not in r] for run in logs(folder, name)]
-        band(axes, range(len(runs[0])), runs, color, label)
+        band(axes, range(len(runs[0])), runs, color, label, dashes)
     axes.set(xlabel="step", ylabel="mean reward of the batch", ylim=(0, 1.0))
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(FIGURES / "lexical.png")
@@ -128,12 +132,87 @@ def lexical(folder):
 def gsm8k(folder):
     """The two GSM8K scripts: the sampled reward of GRPO's steps."""
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    for name, color in (("gsm8k_grpo", BLUE), ("gsm8k_sft_grpo", ORANGE)):
+    for name, dashes in (("gsm8k_grpo", "-"), ("gsm8k_sft_grpo", "--")):
         runs = [[r["reward"] for r in run if "samples" in r] for run in logs(folder, name)]
-        band(axes, range(len(runs[0])), runs, color, f"{name}.py")
+        band(axes, range(len(runs[0])), runs, METHOD["GRPO"], f"{name}.py", dashes)
     axes.set(xlabel="step of GRPO", ylabel="mean reward of the batch", ylim=(0, 1.02))
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(FIGURES / "gsm8k.png")
+
+
+READ_AFTER = {  # the reading path: each file, and the one that it is compared with
+    "minimal_sft": None,
+    "minimal_dpo": "minimal_sft",
+    "reinforce": "minimal_dpo",
+    "rloo": "reinforce",
+    "minimal_grpo": "rloo",
+    "minimal_ppo": "minimal_grpo",
+    "gsm8k_grpo": "minimal_grpo",
+    "gsm8k_sft_grpo": "gsm8k_grpo",
+}
+BANDS = ["formula", "imports", "flags", "task", "sampling,\nlog-probs", "evaluation", "algorithm", "setup", "loop"]
+
+
+def band_of_lines(text):
+    """For each line of a script the place in BANDS that it belongs to."""
+    starts = {1: "imports"}  # the header of the dependencies, too
+    for node in ast.parse(text).body:
+        name = getattr(node, "name", "") or (node.targets[0].id if isinstance(node, ast.Assign) else "")
+        if isinstance(node, ast.Expr) and node.lineno < 10:
+            starts[node.lineno], starts[node.end_lineno + 1] = "formula", "imports"
+        elif name == "Args":
+            starts[node.lineno - 1] = "flags"
+            starts[node.end_lineno + 1] = "task"
+        elif name in ("encode_prompts", "mean_scores"):
+            starts[node.lineno] = {"encode_prompts": "sampling,\nlog-probs"}.get(name, "evaluation")
+        elif name == "evaluate":
+            starts[node.end_lineno + 1] = "algorithm"
+        elif isinstance(node, ast.If) and node.test.__class__ is ast.Compare and "__main__" in ast.dump(node):
+            starts[node.lineno] = "setup"
+            starts[next(child.lineno for child in node.body if isinstance(child, ast.Try))] = "loop"
+    bands, current = [], None
+    for line in range(1, len(text.splitlines()) + 1):
+        current = starts.get(line, current)
+        bands.append(BANDS.index(current))
+    return bands
+
+
+def new_lines(script, earlier):
+    """For each line of the script whether the file that it is read after lacks it."""
+    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    old = (ROOT / f"{earlier}.py").read_text().splitlines() if earlier else []
+    new = [True] * len(lines)
+    for block in difflib.SequenceMatcher(None, old, lines, autojunk=False).get_matching_blocks():
+        new[block.b : block.b + block.size] = [False] * block.size
+    return [is_new and bool(line.strip()) for is_new, line in zip(new, lines)]
+
+
+def files():
+    """The eight files side by side: every line a bar, grey where the file that it is read after has the same line."""
+    texts = {script: (ROOT / f"{script}.py").read_text().splitlines() for script in READ_AFTER}
+    bands = {script: band_of_lines("\n".join(lines)) for script, lines in texts.items()}
+    heights = [max(b.count(i) for b in bands.values()) for i in range(len(BANDS))]
+    tops = [sum(heights[:i]) + 5 * i for i in range(len(BANDS))]  # a gap of five lines between bands
+    figure, axes = plt.subplots(figsize=(12, 7), layout="constrained")
+    axes.grid(False)
+    for column, (script, earlier) in enumerate(READ_AFTER.items()):
+        new, seen = new_lines(script, earlier), Counter()
+        for line, band_, is_new in zip(texts[script], bands[script], new):
+            y = tops[band_] + seen[band_]
+            seen[band_] += 1
+            if line.strip():
+                indent = len(line) - len(line.lstrip())
+                color = BLUE if is_new else "#c4c4c4"
+                axes.barh(y, len(line) - indent, 0.8, left=125 * column + indent, color=color, lw=0)
+        below = f"{len(new)} lines\n{sum(new)} new"
+        axes.text(125 * column, tops[-1] + heights[-1] + 5, below, va="top", fontsize=12)
+        axes.text(125 * column, -4, script.replace("_", "_\n", 1), va="bottom", fontsize=12, weight="bold")
+    for name, top in zip(BANDS, tops):
+        axes.axhline(top - 3, color="black", lw=0.5, alpha=0.3)
+        axes.text(-12, top, name, ha="right", va="top", fontsize=12)
+    axes.set(xlim=(-10, 1000), ylim=(tops[-1] + heights[-1] + 28, -20))
+    axes.axis("off")
+    figure.savefig(FIGURES / "files.png", dpi=180)
 
 
 def thin_and_thick(axes, runs, color, label):
@@ -143,46 +222,62 @@ def thin_and_thick(axes, runs, color, label):
     axes.plot([sum(c) / len(c) for c in zip(*runs)], color=color, lw=3, label=label)
 
 
-def real():
-    """What tests/real/ holds: the sums on the left, the texts on the right, a completion before and after below."""
+def real_steps(name, metric):
+    """A metric of each step of each real run."""
+    runs = [[r for r in run if metric in r and "eval" not in r] for run in logs(REAL, name)]
+    return [[r[metric] for r in run] for run in runs]
 
-    def steps(name, metric):
-        runs = [[r for r in run if metric in r and "eval" not in r] for run in logs(REAL, name)]
-        return [[r[metric] for r in run] for run in runs]
 
-    figure, axes = plt.subplot_mosaic(
-        "ab;cd;ee", figsize=(9, 9.6), layout="constrained", height_ratios=(3, 2.4, 2.3)
-    )
-    thin_and_thick(axes["a"], steps("minimal_grpo", "reward"), BLUE, "GRPO")
-    thin_and_thick(axes["a"], steps("minimal_ppo", "reward"), PURPLE, "PPO")
-    axes["a"].set(title="sums, Qwen2.5-Coder-0.5B", ylabel="correct in the batch", ylim=(0, 1.03))
-    axes["a"].legend(frameon=False, loc="lower right")
-    thin_and_thick(axes["c"], steps("minimal_sft", "loss"), GREEN, "SFT")
-    thin_and_thick(axes["c"], steps("minimal_dpo", "loss"), ORANGE, "DPO")
-    axes["c"].set(ylabel="loss", xlabel="step", yscale="log")
-    axes["c"].legend(frameon=False)
-    for place, metric in (("b", "ttr"), ("d", "words")):
-        thin_and_thick(axes[place], steps("reinforce", metric), RED, "REINFORCE")
-        thin_and_thick(axes[place], steps("rloo", metric), GREY, "RLOO")
-    axes["b"].set(title="texts, SmolLM2-135M", ylabel="distinct words / words\nof the first 40")
-    axes["b"].legend(frameon=False, loc="lower right")
-    axes["d"].set(xlabel="step", ylabel="words")
-    axes["d"].axhline(40, color="black", lw=1, ls=":")
+def before_and_after(axes, names):
+    """What the first run of each script wrote for the last test prompt, before training and after it."""
     lines = []
-    for name in ("minimal_grpo", "rloo"):
-        samples = [r["samples"] for r in logs(REAL, name)[0] if r.get("samples")]
-        for when, sample in (("before", samples[0][0]), ("after", samples[-1][0])):
-            method = name.removeprefix("minimal_").upper()
-            text = f"{method}, {when}: {sample['prompt']} → {sample['text']}".replace("\n", " ")
-            lines += textwrap.wrap(text, 92, subsequent_indent="    ", max_lines=4)
-    axes["e"].axis("off")
-    axes["e"].text(
-        0, 1, "\n".join(lines), va="top", fontsize=12, linespacing=1.35, transform=axes["e"].transAxes
-    )
-    figure.savefig(FIGURES / "real.png")
+    for name in names:
+        before, after = [r["example"] for r in logs(REAL, name)[0] if "example" in r]
+        lines += [f"“{before['prompt']}”"] * (not lines)
+        for when, sample in (("before", before), (f"after {name.split('_')[-1].upper()}", after)):
+            if when != "before" or len(lines) == 1:  # it is the same for all of them
+                text = f"{when}: " + " ".join(sample["text"].split())
+                shape = {"subsequent_indent": "    ", "break_on_hyphens": False}
+                lines += textwrap.wrap(text, 90, max_lines=4, placeholder=" ...", **shape)
+    axes.axis("off")
+    axes.text(0, 1, "\n".join(lines), va="top", fontsize=12, linespacing=1.35, transform=axes.transAxes)
+
+
+def real_sums():
+    """The sums on real weights: rewards and losses by step, one prompt before and after."""
+    mosaic = {"height_ratios": (3, 1), "figsize": (9, 5), "layout": "constrained"}
+    figure, axes = plt.subplot_mosaic("ab;cc", **mosaic)
+    for method in ("GRPO", "PPO"):
+        runs = real_steps(f"minimal_{method.lower()}", "reward")
+        thin_and_thick(axes["a"], runs, METHOD[method], method)
+    axes["a"].set(ylabel="correct in the batch", xlabel="step", ylim=(0, 1.03))
+    axes["a"].legend(frameon=False, loc="lower right")
+    for method in ("SFT", "DPO"):
+        thin_and_thick(axes["b"], real_steps(f"minimal_{method.lower()}", "loss"), METHOD[method], method)
+    axes["b"].set(ylabel="loss", xlabel="step", yscale="log")
+    axes["b"].legend(frameon=False)
+    before_and_after(axes["c"], ["minimal_grpo"])
+    figure.savefig(FIGURES / "real_sums.png")
+
+
+def real_texts():
+    """The texts on real weights: richness and length by step, one prompt before and after."""
+    mosaic = {"height_ratios": (3, 3), "figsize": (9, 6.4), "layout": "constrained"}
+    figure, axes = plt.subplot_mosaic("ab;cc", **mosaic)
+    for place, metric in (("a", "ttr"), ("b", "words")):
+        for method in ("REINFORCE", "RLOO"):
+            thin_and_thick(axes[place], real_steps(method.lower(), metric), METHOD[method], method)
+    axes["a"].set(xlabel="step", ylabel="distinct words / words\nof the first 40")
+    axes["a"].legend(frameon=False, loc="lower right")
+    axes["b"].set(xlabel="step", ylabel="words")
+    axes["b"].axhline(40, color="black", lw=1, ls=":")
+    before_and_after(axes["c"], ["reinforce", "rloo"])
+    figure.savefig(FIGURES / "real_texts.png")
 
 
 if __name__ == "__main__":
-    real()
+    files()
+    real_sums()
+    real_texts()
     for draw in (methods, styles, lexical, gsm8k) if sys.argv[1:] else ():
         draw(Path(sys.argv[1]))

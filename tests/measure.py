@@ -1,7 +1,7 @@
 """Runs the scripts on the bundled models and writes what the READMEs say of them: tests/results.json and the figures.
 
-uv run tests/measure.py LOGS                   all runs, two processes of one thread at a time, logs into the folder LOGS; then
-                                               each script once alone, for its seconds
+uv run tests/measure.py LOGS                   all runs, two processes of one thread at a time (JOBS=1: one), logs into the folder
+                                               LOGS; then each script once alone, for its seconds
 uv run tests/measure.py LOGS exercise seconds  only what starts so
 uv run tests/measure.py real QWEN SMOLLM       two real models (Hub ids or folders): the sums on the first, the texts on the second
 
@@ -13,6 +13,7 @@ The real runs go one after the other, with one thread per core, and take hours o
 of the completions. A run whose log is there is not done again, so the command can be stopped and given again.
 """
 
+import ast
 import concurrent.futures
 import json
 import os
@@ -102,7 +103,8 @@ def jobs():
 
 
 def run(folder, name, seed, script, flags, changes, threads="1"):
-    """One run: its records, the seconds from the first evaluation to the last step, and the peak memory in GiB."""
+    """One run: its records, with the text that is printed below each evaluation; the seconds from the first evaluation to
+    the last step; and the peak memory in GiB."""
     source = (ROOT / f"{script}.py").read_text()
     for old, new in changes:
         assert source.count(old) == 1, f"{name}: {old!r} stands in {script}.py {source.count(old)} times"
@@ -110,7 +112,7 @@ def run(folder, name, seed, script, flags, changes, threads="1"):
     path, log = folder / f"{name}.py", folder / f"{name}-{seed}.jsonl"
     path.write_text(source)
     command = [sys.executable, path, *flags.split(), "--seed", seed, "--log", log]
-    started, ended = None, None
+    started, ended, examples = None, None, []
     with subprocess.Popen(
         [*map(str, command)],
         cwd=ROOT,
@@ -122,12 +124,18 @@ def run(folder, name, seed, script, flags, changes, threads="1"):
         for line in process.stdout:
             if line.startswith("    "):  # the example below an evaluation
                 started = started or time.perf_counter()
+                examples.append([ast.literal_eval(part) for part in line.strip().split(" -> ", 1)])
             if line.startswith("step "):
                 ended = time.perf_counter()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, f"{name}, seed {seed}"
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = []
+    for line in log.read_text().splitlines():
+        records.append(json.loads(line))
+        if "eval" in records[-1]:
+            prompt, text = examples.pop(0)
+            records.append({"step": records[-1]["step"], "example": {"prompt": prompt, "text": text}})
     seconds = ended - started
     evaluations = [record["eval"] for record in records if "eval" in record]
     print(f"{name}, seed {seed}: {evaluations[0]} to {evaluations[-1]}, {seconds:.1f} s", flush=True)
@@ -137,7 +145,7 @@ def run(folder, name, seed, script, flags, changes, threads="1"):
 def summary(runs):
     """What the READMEs need of one script's seeds: evaluations, seconds, means over the steps."""
     evaluations = [[r["eval"] for r in records if "eval" in r] for records, *_ in runs]
-    steps = [[r for r in records if "eval" not in r and "sampled" not in r] for records, *_ in runs]
+    steps = [[r for r in records if "grad_norm" in r] for records, *_ in runs]
     result = {"evaluations": evaluations}
     for metric in ("reward", "clip_frac", "grad_norm"):
         if all(metric in r for run in steps for r in run):
@@ -157,7 +165,7 @@ def real(models):
             with tempfile.TemporaryDirectory() as folder:
                 job = (script, seed, script, f"{flags} --model {models[place]}", [], str(os.cpu_count()))
                 records, seconds, peak = run(Path(folder), *job)
-            steps = [record for record in records if "eval" not in record]
+            steps = [record for record in records if "grad_norm" in record]
             for record in steps[1:-1]:
                 record.pop("samples", None)
             for record in (steps[0], steps[-1]):
@@ -176,7 +184,7 @@ def write_real():
         runs = []
         for path in sorted((ROOT / "tests/real").glob(f"{script}-?.jsonl")):
             records = [json.loads(line) for line in path.read_text().splitlines()]
-            steps = [record for record in records if "step" in record and "eval" not in record]
+            steps = [record for record in records if "grad_norm" in record]
             runs.append({"evaluations": [record["eval"] for record in records if "eval" in record]})
             for metric in ("reward", "kl", "finished", "words", "ttr"):
                 if metric in steps[0]:
@@ -193,7 +201,7 @@ def main():
     folder.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     wanted = [job for job in jobs() if job[0].startswith(tuple(sys.argv[2:]) or "")]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("JOBS", 2))) as pool:
         done = [(job[0], pool.submit(run, folder, *job)) for job in wanted]
         for name in dict.fromkeys(name for name, _ in done):
             results[name] = summary([future.result() for other, future in done if other == name])
