@@ -36,6 +36,19 @@ Before and after: accuracy (`actor_critic`: type-token ratio of the first 40 wor
 with default flags, seeds 0 to 2. Seconds are those of the whole process, with one thread each and two processes at a time.
 `uv run tests/make_variants.py` measures all of it and writes this page.
 
+## What you may want
+
+- **Another loss or advantage for GRPO**: [dr_grpo](#dr_grpo) without its biases, [dapo](#dapo) with four repairs, [maxrl](#maxrl) for prompts that are rarely
+  solved, [reinforce_plus_plus](#reinforce_plus_plus) normalized over the batch, [gspo](#gspo) with one ratio per completion, [cispo](#cispo) and [sapo](#sapo) with softer clips.
+- **Something simpler than GRPO**: [raft](#raft) imitates what was right, [plain](#plain) is what is left when everything goes that GSM8K can do without.
+- **A learned baseline without PPO**: [actor_critic](#actor_critic).
+- **Another loss for pairs**: [ipo](#ipo), [simpo](#simpo) without a reference; [online_dpo](#online_dpo) makes the pairs itself.
+- **No reward at hand**: [reward_model](#reward_model) learns one from comparisons, [on_policy_distillation](#on_policy_distillation) takes a teacher.
+- **Less memory**: [bf16](#bf16) with gradient checkpointing, [lora](#lora).
+- **Less time**: [bf16](#bf16), [shared_prompts](#shared_prompts), [cuda_graph](#cuda_graph); more GPUs: [torchrun](#torchrun).
+- **Another task**: [letter_counting](#letter_counting), [reasoning_gym_grpo](#reasoning_gym_grpo) with a hundred of them.
+- **A tool**: [calculator](#calculator).
+
 These numbers show that the code learns; they do not rank the methods. With two updates per batch, most ratios are near 1, and
 there most of the policy-gradient losses agree up to a constant factor, so their curves look alike.
 
@@ -50,7 +63,7 @@ otherwise; of the five losses, only GRPO's has a KL penalty by default.
 - Dr. GRPO without the KL term ends at 0.96 to 0.99 on four seeds. On the fifth it solves a whole batch in step 3, and from the next one on nothing:
   with no reward left, all advantages are 0 and it never comes back.
 - GSPO ends at 0.99 to 1.00. It is the slowest in the first three steps and the steadiest from step 10 on: its clip range is so narrow that, over the run, 0.18 to 0.26 of the
-  tokens are held back in the last update of a batch (GRPO: 0.01 to 0.02).
+  completions are held back in the last update of a batch (GRPO: 0.01 to 0.02).
 - CISPO and SAPO have no hard clip that switches a token off. Single batches drop as low as 0.02 and 0.30 after the third step; they end at 0.93 to 1.00 and 0.91 to 1.00.
 - This is one easy task, one learning rate and a tiny model, and nothing was tuned for any of the five.
 

@@ -5,6 +5,7 @@ Catches a change to one of the eight files that breaks a variant, by the variant
 are no adapters; and, under torchrun, a gradient that depends on how the batch is shared out.
 """
 
+import itertools
 import json
 import math
 import runpy
@@ -309,6 +310,63 @@ def test_raft(last_update, variant):
     g = last_update("raft", FLAGS.replace("--beta 0.04", "--beta 0"))
     assert 0 < g["advantages"].mean() < 1 and g["reference"] is None
     check_clipped_loss(g, g["mask"], g["mask"].sum(), beta=0)
+
+
+def test_maxrl(last_update, variant):
+    """Its expected gradient, over all outcomes of four completions, is that of log p's series up to the third term:
+    of -(1 - p) - (1 - p)^2 / 2 - (1 - p)^3 / 3 (the fourth sample is the baseline of the others)."""
+    advantages = variant("maxrl").group_advantages
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1])
+    wanted = [3, -1, -1, -1, 1 / 3, 1 / 3, -1, 1 / 3, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert advantages(rewards, 4).squeeze(1).tolist() == pytest.approx(wanted)
+    for p in (0.05, 0.5, 0.9):
+        expected = 0.0
+        for outcome in itertools.product((0.0, 1.0), repeat=4):
+            probability = math.prod(p if right else 1 - p for right in outcome)
+            slopes = [1 / p if right else -1 / (1 - p) for right in outcome]  # d log(probability of the completion) / dp
+            weights = advantages(torch.tensor(outcome), 4).squeeze(1).tolist()
+            expected += probability * sum(a * slope for a, slope in zip(weights, slopes)) / 4
+        assert expected == pytest.approx(1 + (1 - p) + (1 - p) ** 2, rel=1e-5)
+    g = last_update("maxrl", FLAGS.replace("--beta 0.04", "--beta 0").replace("--update-epochs 4", "--update-epochs 1"))
+    assert g["advantages"].max() > 1 and g["reference"] is None
+    gradient = -g["advantages"] * g["mask"] / g["mask"].sum()
+    assert torch.allclose(g["logp"].grad, gradient, atol=1e-7)
+
+
+def test_bf16(main, updates, monkeypatch, tmp_path):
+    """What is in which type, that the sampler is renewed, that the first ratio is 1, and what checkpointing leaves as it is."""
+    flags = "--steps 2 --lr 3e-6 --batch-size 2 --group-size 4 --max-new-tokens 24 --eval-size 4 --update-epochs 1 --seed 1"
+    products, linear = set(), torch.nn.functional.linear
+
+    def watched(x, weight, bias=None):
+        out = linear(x, weight, bias)
+        products.add((weight.requires_grad, weight.dtype, out.dtype))
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    g = main(f"{patched('bf16', tmp_path)} {flags}")
+    assert products == {(True, torch.float32, torch.bfloat16), (False, torch.bfloat16, torch.bfloat16)}, "policy, copies"
+    assert {p.dtype for p in g["model"].parameters()} == {torch.float32}
+    start = AutoModelForCausalLM.from_pretrained(ROOT / "tests/tiny-qwen", dtype=torch.float32)
+    for p, sampler, reference, first in zip(*(m.parameters() for m in (g["model"], g["sampler"], g["reference"], start))):
+        assert torch.equal(sampler, p.bfloat16()) and sampler.dtype == torch.bfloat16
+        assert torch.equal(reference, first.bfloat16())
+    moved = zip(g["sampler"].parameters(), g["reference"].parameters())
+    assert any(not torch.equal(a, b) for a, b in moved), "some weights moved far enough to be rounded elsewhere"
+    assert g["logp"].dtype == torch.float32 and torch.equal(g["logp"].detach(), g["old_logp"][g["rows"]])
+    with torch.no_grad():
+        first.requires_grad_(False)
+        inputs = (g["ids"], g["attn"], g["mask"])
+        exact = g["completion_logp"](start, *inputs)
+        copy = g["completion_logp"](g["reference"], *inputs)
+    rounding = (g["ref_logp"] - exact).abs()
+    assert torch.equal(copy, g["ref_logp"]) and 1e-4 < rounding.max() < 0.3, "bfloat16's, not float32's"
+    assert 0 < g["history"][0]["kl"] < 1e-2, "rounding: nothing has been learned yet"
+    wanted = list(updates)
+    updates.clear()
+    g = main(f"{patched('bf16', tmp_path)} {flags} --gradient-checkpointing")
+    assert g["model"].is_gradient_checkpointing and g["model"].training and not g["sampler"].training
+    assert len(updates) == 2 and all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(updates, wanted))
 
 
 @pytest.fixture(scope="module")
@@ -648,6 +706,7 @@ MICRO = {  # flags that let the clips act and the completions differ
     "dr_grpo": "--epsilon 0.001",
     "gspo": "--epsilon 0.002 --epsilon-high 0.003",
     "lora": "--epsilon 0.001",
+    "maxrl": "--update-epochs 2 --epsilon 0.001",
     "on_policy_distillation": "--epsilon 0.001",
     "raft": "--epsilon 0.001",
     "reinforce_plus_plus": "--epsilon 0.001",
