@@ -244,18 +244,13 @@ def before_and_after(axes, names):
 
 
 def real_sums():
-    """The sums on real weights: rewards and losses by step, one prompt before and after."""
-    mosaic = {"height_ratios": (3, 1), "figsize": (9, 5), "layout": "constrained"}
-    figure, axes = plt.subplot_mosaic("ab;cc", **mosaic)
+    """The sums on real weights: correct answers by step, one prompt before and after."""
+    figure, axes = plt.subplot_mosaic("a;c", height_ratios=(4, 1), figsize=(7, 5), layout="constrained")
     for method in ("GRPO", "PPO"):
         runs = real_steps(f"minimal_{method.lower()}", "reward")
         thin_and_thick(axes["a"], runs, METHOD[method], method)
     axes["a"].set(ylabel="correct in the batch", xlabel="step", ylim=(0, 1.03))
     axes["a"].legend(frameon=False, loc="lower right")
-    for method in ("SFT", "DPO"):
-        thin_and_thick(axes["b"], real_steps(f"minimal_{method.lower()}", "loss"), METHOD[method], method)
-    axes["b"].set(ylabel="loss", xlabel="step", yscale="log")
-    axes["b"].legend(frameon=False)
     before_and_after(axes["c"], ["minimal_grpo"])
     figure.savefig(FIGURES / "real_sums.png")
 
@@ -267,7 +262,7 @@ def real_texts():
     for place, metric in (("a", "ttr"), ("b", "words")):
         for method in ("REINFORCE", "RLOO"):
             thin_and_thick(axes[place], real_steps(method.lower(), metric), METHOD[method], method)
-    axes["a"].set(xlabel="step", ylabel="distinct words / words\nof the first 40")
+    axes["a"].set(xlabel="step", ylabel="distinct words / words\nof the first 40", ylim=(0.7, 1))
     axes["a"].legend(frameon=False, loc="lower right")
     axes["b"].set(xlabel="step", ylabel="words")
     axes["b"].axhline(40, color="black", lw=1, ls=":")

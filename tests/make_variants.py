@@ -20,6 +20,7 @@ FOLDER = ROOT / "tests/variants"
 RESULTS = FOLDER / "results.json"
 MEASURED = "Measured on the bundled model, seeds 0 to 2: "
 SEEDS = range(3)
+JOBS = int(os.environ.get("JOBS", 2))  # processes at a time
 NEED_A_REAL_MODEL = {"letter_counting", "reasoning_gym_grpo"}
 
 INTRO = """\
@@ -57,7 +58,7 @@ there most of the policy-gradient losses agree up to a constant factor, so their
 ![Reward by step of GRPO, Dr. GRPO, GSPO, CISPO and SAPO with eight updates per batch](epochs.png)
 
 With `--update-epochs 8`, the last updates of a batch are far off policy, which shows how each loss restrains them. Five seeds, default flags
-otherwise; of the five losses, only GRPO's has a KL penalty by default.
+otherwise; of the five losses, only GRPO's has a KL penalty by default. These runs are from before the learning rate's warm-up was added.
 
 - GRPO, the only one with a KL term, ends at 0.97 to 0.99, and from the fourth step on no batch falls below 0.81.
 - Dr. GRPO without the KL term ends at 0.96 to 0.99 on four seeds. On the fifth it solves a whole batch in step 3, and from the next one on nothing:
@@ -174,7 +175,7 @@ def main():
         everything = {diff.stem for diff in FOLDER.glob("*.diff")}
         names = names or sorted(everything - NEED_A_REAL_MODEL)
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        with tempfile.TemporaryDirectory() as teacher, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with tempfile.TemporaryDirectory() as teacher, concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
             command = [sys.executable, "minimal_sft.py", "--save", teacher]
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
             jobs = {name: [pool.submit(run, name, seed, teacher) for seed in SEEDS] for name in names}

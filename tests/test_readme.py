@@ -86,17 +86,17 @@ def test_lines_and_memory(script):
     table = EVIDENCE.split("## How large")[1].split("\n## ")[0]
     (counted,) = [row for row in rows(table) if f"`{script}.py`" in row[0]]
     gib = float(counted[-2])
-    card = next(size for size in (8, 16, 24) if gib * 1.1 < size * 0.97)
+    card = next(size for size in (8, 12, 16, 24) if gib * 1.1 < size * 0.97)
     assert cells[-2:] == [f"{gib} GiB", f"{card} GB"] and counted[-1] == f"{card} GB"
 
 
 def test_map_of_the_files():
-    """Its caption: after the first file, four fifths of the lines are old. All bands are found in all files."""
+    """Its caption: after the first file, more than three quarters of the lines are old. All bands are found in all files."""
     figures = pytest.importorskip("figures")
     new = {script: sum(figures.new_lines(script, earlier)) for script, earlier in figures.READ_AFTER.items()}
-    lines = {script: len((ROOT / f"{script}.py").read_text().splitlines()) for script in new}
+    lines = {script: sum(map(bool, (ROOT / f"{script}.py").read_text().splitlines())) for script in new}
     del new["minimal_sft"], lines["minimal_sft"]
-    assert 0.78 < 1 - sum(new.values()) / sum(lines.values()) < 0.83
+    assert 0.75 < 1 - sum(new.values()) / sum(lines.values()) < 0.8
     for script in PRESENT:
         bands = figures.band_of_lines((ROOT / f"{script}.py").read_text())
         missing = set(range(len(figures.BANDS))) - set(bands)
