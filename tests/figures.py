@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 FIGURES = Path(__file__).parent / "figures"
 REAL = Path(__file__).parent / "real"
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8e63b5", "#999999"
-METHOD = {"SFT": GREEN, "DPO": ORANGE, "REINFORCE": RED, "RLOO": "#7a4419", "GRPO": BLUE, "PPO": PURPLE}  # in all figures
+METHOD = {"SFT": GREEN, "DPO": ORANGE, "REINFORCE": RED, "RLOO": "#cc79a7", "GRPO": BLUE, "PPO": PURPLE}  # in all figures
 plt.rcParams |= {"font.size": 14, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
 plt.rcParams |= {"grid.alpha": 0.3, "savefig.dpi": 120, "savefig.facecolor": "white", "lines.linewidth": 2.2}
 
@@ -83,7 +83,7 @@ def styles(folder):
         texts = [style(sample["text"]) for record in at_step for sample in record["samples"]]
         for name in STYLES:
             shares[name].append(texts.count(name) / len(texts))
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 8), layout="constrained", height_ratios=(1.25, 1))
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 7.4), layout="constrained", height_ratios=(1.45, 1))
     colors = [color for _, color in STYLES.values()]
     top.stackplot(range(len(steps[0])), *shares.values(), labels=STYLES, colors=colors, lw=0)
     top.set(xlabel="step of GRPO", ylim=(0, 1), xlim=(0, len(steps[0]) - 1))
@@ -94,7 +94,7 @@ def styles(folder):
     bottom.axis("off")
     bottom.set_title("eight completions of “What is 9 + 9?”, seed 0", fontsize=14, loc="left")
     groups = {r["step"]: Counter(r["group"]) for r in runs[0] if "group" in r}
-    for step, (x, y) in {0: (0, 0.95), 5: (0.5, 0.95), 15: (0, 0.4), 29: (0.5, 0.4)}.items():
+    for step, (x, y) in {0: (0, 0.97), 5: (0.5, 0.97), 15: (0, 0.3), 29: (0.5, 0.3)}.items():
         bottom.text(
             x,
             y,
@@ -104,14 +104,14 @@ def styles(folder):
             transform=bottom.transAxes,
         )
         for row, (text, count) in enumerate(groups[step].most_common(), 1):
-            corner = (x, y - 0.1 * row - 0.075)
+            corner = (x, y - 0.12 * row - 0.085)
             patch = plt.Rectangle(
-                corner, 0.015, 0.075, color=STYLES[style(text)][1], transform=bottom.transAxes, lw=0
+                corner, 0.015, 0.085, color=STYLES[style(text)][1], transform=bottom.transAxes, lw=0
             )
             bottom.add_patch(patch)
             place = {"va": "top", "fontsize": 13, "transform": bottom.transAxes}
-            bottom.text(x + 0.03, y - 0.1 * row, count, weight="bold", **place)
-            bottom.text(x + 0.07, y - 0.1 * row, text.replace("\n", " "), **place)
+            bottom.text(x + 0.03, y - 0.12 * row, count, weight="bold", **place)
+            bottom.text(x + 0.07, y - 0.12 * row, text.replace("\n", " "), **place)
     figure.savefig(FIGURES / "styles.png")
 
 
