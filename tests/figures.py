@@ -20,7 +20,14 @@ ROOT = Path(__file__).parent.parent
 FIGURES = Path(__file__).parent / "figures"
 REAL = Path(__file__).parent / "real"
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8e63b5", "#999999"
-METHOD = {"SFT": GREEN, "DPO": ORANGE, "REINFORCE": RED, "RLOO": "#cc79a7", "GRPO": BLUE, "PPO": PURPLE}  # in all figures
+METHOD = {
+    "SFT": GREEN,
+    "DPO": ORANGE,
+    "REINFORCE": RED,
+    "RLOO": "#cc79a7",
+    "GRPO": BLUE,
+    "PPO": PURPLE,
+}  # in all figures
 plt.rcParams |= {"font.size": 14, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
 plt.rcParams |= {"grid.alpha": 0.3, "savefig.dpi": 120, "savefig.facecolor": "white", "lines.linewidth": 2.2}
 
@@ -83,7 +90,9 @@ def styles(folder):
         texts = [style(sample["text"]) for record in at_step for sample in record["samples"]]
         for name in STYLES:
             shares[name].append(texts.count(name) / len(texts))
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 7.4), layout="constrained", height_ratios=(1.45, 1))
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(7, 7.4), layout="constrained", height_ratios=(1.45, 1)
+    )
     colors = [color for _, color in STYLES.values()]
     top.stackplot(range(len(steps[0])), *shares.values(), labels=STYLES, colors=colors, lw=0)
     top.set(xlabel="step of GRPO", ylim=(0, 1), xlim=(0, len(steps[0]) - 1))
@@ -150,7 +159,17 @@ READ_AFTER = {  # the reading path: each file, and the one that it is compared w
     "gsm8k_grpo": "minimal_grpo",
     "gsm8k_sft_grpo": "gsm8k_grpo",
 }
-BANDS = ["formula", "imports", "flags", "task", "sampling,\nlog-probs", "evaluation", "algorithm", "setup", "loop"]
+BANDS = [
+    "formula",
+    "imports",
+    "flags",
+    "task",
+    "sampling,\nlog-probs",
+    "evaluation",
+    "algorithm",
+    "setup",
+    "loop",
+]
 
 
 def band_of_lines(text):

@@ -131,7 +131,11 @@ def test_the_diff_is_the_variants(tmp_path):
         trees.append(ast.parse(text))
         trees[-1].body = [node for node in trees[-1].body if getattr(node, "name", "") != "Args"]
         for node in ast.walk(trees[-1]):
-            if hasattr(node, "body") and isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node):
+            if (
+                hasattr(node, "body")
+                and isinstance(node, (ast.Module, ast.FunctionDef))
+                and ast.get_docstring(node)
+            ):
                 node.body = node.body[1:]
     assert ast.dump(trees[0]) == ast.dump(trees[1])
 
@@ -215,7 +219,10 @@ def test_results_of_the_exercises():
             listed = ", ".join(f"{x:.2f}" for x in evaluations(f"exercise-{name}", score))
             assert listed in exercises, f"{name}: {score} {listed}"
     runs = [f"reinforce-{baseline}" for baseline in ("none", "mean", "ema", "scst")]
-    norms, ratios = [mean(RESULTS[run]["grad_norm"]) for run in runs], [mean(evaluations(run, "ttr")) for run in runs]
+    norms, ratios = (
+        [mean(RESULTS[run]["grad_norm"]) for run in runs],
+        [mean(evaluations(run, "ttr")) for run in runs],
+    )
     assert f"mean norm is {', '.join(f'{x:.0f}' for x in norms)}, the type" in exercises
     assert f"ends at {', '.join(f'{x:.2f}' for x in ratios)} on average" in exercises
     ratios, words = evaluations("gamed", "ttr"), [round(x, 1) for x in evaluations("gamed", "words")]

@@ -323,11 +323,15 @@ def test_maxrl(last_update, variant):
         expected = 0.0
         for outcome in itertools.product((0.0, 1.0), repeat=4):
             probability = math.prod(p if right else 1 - p for right in outcome)
-            slopes = [1 / p if right else -1 / (1 - p) for right in outcome]  # d log(probability of the completion) / dp
+            slopes = [
+                1 / p if right else -1 / (1 - p) for right in outcome
+            ]  # d log(probability of the completion) / dp
             weights = advantages(torch.tensor(outcome), 4).squeeze(1).tolist()
             expected += probability * sum(a * slope for a, slope in zip(weights, slopes)) / 4
         assert expected == pytest.approx(1 + (1 - p) + (1 - p) ** 2, rel=1e-5)
-    g = last_update("maxrl", FLAGS.replace("--beta 0.04", "--beta 0").replace("--update-epochs 4", "--update-epochs 1"))
+    g = last_update(
+        "maxrl", FLAGS.replace("--beta 0.04", "--beta 0").replace("--update-epochs 4", "--update-epochs 1")
+    )
     assert g["advantages"].max() > 1 and g["reference"] is None
     gradient = -g["advantages"] * g["mask"] / g["mask"].sum()
     assert torch.allclose(g["logp"].grad, gradient, atol=1e-7)
@@ -345,14 +349,20 @@ def test_bf16(main, updates, monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.nn.functional, "linear", watched)
     g = main(f"{patched('bf16', tmp_path)} {flags}")
-    assert products == {(True, torch.float32, torch.bfloat16), (False, torch.bfloat16, torch.bfloat16)}, "policy, copies"
+    assert products == {(True, torch.float32, torch.bfloat16), (False, torch.bfloat16, torch.bfloat16)}, (
+        "policy, copies"
+    )
     assert {p.dtype for p in g["model"].parameters()} == {torch.float32}
     start = AutoModelForCausalLM.from_pretrained(ROOT / "tests/tiny-qwen", dtype=torch.float32)
-    for p, sampler, reference, first in zip(*(m.parameters() for m in (g["model"], g["sampler"], g["reference"], start))):
+    for p, sampler, reference, first in zip(
+        *(m.parameters() for m in (g["model"], g["sampler"], g["reference"], start))
+    ):
         assert torch.equal(sampler, p.bfloat16()) and sampler.dtype == torch.bfloat16
         assert torch.equal(reference, first.bfloat16())
     moved = zip(g["sampler"].parameters(), g["reference"].parameters())
-    assert any(not torch.equal(a, b) for a, b in moved), "some weights moved far enough to be rounded elsewhere"
+    assert any(not torch.equal(a, b) for a, b in moved), (
+        "some weights moved far enough to be rounded elsewhere"
+    )
     assert g["logp"].dtype == torch.float32 and torch.equal(g["logp"].detach(), g["old_logp"][g["rows"]])
     with torch.no_grad():
         first.requires_grad_(False)
@@ -366,7 +376,9 @@ def test_bf16(main, updates, monkeypatch, tmp_path):
     updates.clear()
     g = main(f"{patched('bf16', tmp_path)} {flags} --gradient-checkpointing")
     assert g["model"].is_gradient_checkpointing and g["model"].training and not g["sampler"].training
-    assert len(updates) == 2 and all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(updates, wanted))
+    assert len(updates) == 2 and all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(updates, wanted)
+    )
 
 
 @pytest.fixture(scope="module")
