@@ -35,7 +35,8 @@ was measured. The patched file is complete: docstring, formula, flags and help a
 
 Before and after: accuracy (`actor_critic`: type-token ratio of the first 40 words), sampled at temperature 1 (`torchrun`: greedy), on the bundled models
 with default flags, seeds 0 to 2. Seconds are those of the whole process, with one thread each and two processes at a time.
-`uv run tests/make_variants.py` measures all of it and writes this page.
+`uv run tests/make_variants.py` measures all of it and writes this page. **But for bf16 and maxrl, the numbers are from before the learning rate's warm-up
+was added to the scripts.**
 
 ## What you may want
 
@@ -45,8 +46,8 @@ with default flags, seeds 0 to 2. Seconds are those of the whole process, with o
 - **A learned baseline without PPO**: [actor_critic](#actor_critic).
 - **Another loss for pairs**: [ipo](#ipo), [simpo](#simpo) without a reference; [online_dpo](#online_dpo) makes the pairs itself.
 - **No reward at hand**: [reward_model](#reward_model) learns one from comparisons, [on_policy_distillation](#on_policy_distillation) takes a teacher.
-- **Less memory**: [bf16](#bf16) with gradient checkpointing, [lora](#lora).
-- **Less time**: [bf16](#bf16), [shared_prompts](#shared_prompts), [cuda_graph](#cuda_graph); more GPUs: [torchrun](#torchrun).
+- **Less memory**: [lora](#lora); [bf16](#bf16), with gradient checkpointing, whose memory and speed are not measured yet.
+- **Less time**: [shared_prompts](#shared_prompts), [cuda_graph](#cuda_graph); more GPUs: [torchrun](#torchrun).
 - **Another task**: [letter_counting](#letter_counting), [reasoning_gym_grpo](#reasoning_gym_grpo) with a hundred of them.
 - **A tool**: [calculator](#calculator).
 

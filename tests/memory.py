@@ -4,7 +4,7 @@
 
 Weights, gradients, Adam's moments, reference and critic, and then whatever else is alive at the worst moment of the forward and backward
 pass of one micro-batch, in float32. The tensors are made on PyTorch's "meta" device, which has shapes and no numbers, so this takes
-seconds and runs anywhere. Not counted: the CUDA context (about half a GiB) and what the allocator cannot use.
+seconds and runs anywhere. Not counted: the CUDA context and what the allocator cannot use.
 
     uv run tests/memory.py QWEN SMOLLM minimal_sft ...
 
