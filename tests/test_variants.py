@@ -363,6 +363,8 @@ def test_bf16(main, updates, monkeypatch, tmp_path):
     assert any(not torch.equal(a, b) for a, b in moved), (
         "some weights moved far enough to be rounded elsewhere"
     )
+    angles = {m.model.rotary_emb.inv_freq.dtype for m in (g["sampler"], g["reference"])}
+    assert angles == {torch.float32}, "rounded, they would turn the keys by tenths of a radian at position 400"
     assert g["logp"].dtype == torch.float32 and torch.equal(g["logp"].detach(), g["old_logp"][g["rows"]])
     with torch.no_grad():
         first.requires_grad_(False)
