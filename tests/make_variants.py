@@ -21,6 +21,11 @@ RESULTS = FOLDER / "results.json"
 MEASURED = "Measured on the bundled model, seeds 0 to 2: "
 SEEDS = range(3)
 JOBS = int(os.environ.get("JOBS", 2))  # processes at a time
+NAMES = {
+    "ttr": "type-token ratio",
+    "return": "mean return",
+    "reward": "accuracy",
+}  # what is evaluated, whichever the script logs
 NEED_A_REAL_MODEL = {"letter_counting", "reasoning_gym_grpo"}
 
 INTRO = """\
@@ -103,10 +108,15 @@ def papers(head):
     )
 
 
+def numbers(result):
+    """Before and after, as text: shares with two decimals, returns with none."""
+    digits = 0 if result["name"] == "mean return" else 2
+    return [f"{x:.{digits}f}" for x in (result["before"], *result["after"])]
+
+
 def measured_line(result):
-    before = f"{result['before']:.2f}"
-    after = " ".join(f"{x:.2f}" for x in result["after"])
-    return f"{MEASURED}{result['name']} {before} before, {after} after."
+    before, *after = numbers(result)
+    return f"{MEASURED}{result['name']} {before} before, {' '.join(after)} after."
 
 
 def write():
@@ -118,19 +128,19 @@ def write():
     ]
     blocks = []
     for diff in sorted(FOLDER.glob("*.diff")):
-        text, numbers = diff.read_text(), "- | - | -"
+        text, columns = diff.read_text(), "- | - | -"
         if diff.stem not in NEED_A_REAL_MODEL:
             result = results[diff.stem]
             line = measured_line(result)
             text = re.sub(r"Measured on the bundled model.*", lambda _: line, text, count=1)
-            after = " ".join(f"{x:.2f}" for x in result["after"])
+            before, *after = numbers(result)
             low, high = min(result["seconds"]), max(result["seconds"])
-            numbers = f"{result['before']:.2f} | {after} | {low:.0f} to {high:.0f}"
+            columns = f"{before} | {' '.join(after)} | {low:.0f} to {high:.0f}"
         diff.write_text(text)
         head, base, changed = parts(diff)
         name = f"[{diff.stem}](#{diff.stem})"
         rows.append(
-            f"| {name} | `{base}` | {first_sentence(head)} | {len(changed)} | {papers(head)} | {numbers} |"
+            f"| {name} | `{base}` | {first_sentence(head)} | {len(changed)} | {papers(head)} | {columns} |"
         )
         blocks.append(f"## {diff.stem}\n\n```diff\n{text}```\n")
     (FOLDER / "README.md").write_text("\n".join([INTRO, *rows, "", *blocks]))
@@ -160,11 +170,11 @@ def run(name, seed, teacher):
         seconds = time.time() - start
         assert done.returncode == 0, f"{name}, seed {seed}: {done.stderr[-2000:]}"
         evaluations = [json.loads(line) for line in log.read_text().splitlines() if '"eval"' in line]
-    score = "ttr" if "ttr" in evaluations[0]["eval"] else "reward"
+    score = next(name for name in NAMES if name in evaluations[0]["eval"])
     before, after = evaluations[0]["eval"][score], evaluations[-1]["eval"][score]
     print(f"{name}, seed {seed}: {score} {before:.3f} to {after:.3f}, {seconds:.0f} s", flush=True)
     return {
-        "name": {"ttr": "type-token ratio"}.get(score, "accuracy"),
+        "name": NAMES[score],
         "before": before,
         "after": after,
     }, seconds

@@ -8,7 +8,7 @@ import pytest
 SECRET = "hf_" + "NotARealTokenOnlyATest"
 
 
-@pytest.mark.parametrize("script", ["minimal_grpo", "reinforce", "gsm8k_grpo"])
+@pytest.mark.parametrize("script", ["reinforce", "gsm8k_grpo"])
 def test_no_warnings_and_no_token(run, tmp_path, script):
     """Nothing but loading bars beside the output, though each warning of something that will go away is an error."""
     flags = f"--steps 1 --batch-size 2 --max-new-tokens 4 --save {tmp_path / 'out'}".split()

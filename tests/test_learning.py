@@ -1,4 +1,4 @@
-"""Each script's whole text in one cell of a Jupyter kernel, on its defaults, learns: catches whatever the unit tests do not,
+"""Each script's whole text in one cell of a Jupyter kernel, on its defaults but for the micro-batch, learns: catches whatever the unit tests do not,
 __file__, an argparse that reads the kernel's own flags, and a function that hides what a notebook wants to see afterwards. And
 `%run FILE --steps 3`, whose flags must not be ignored.
 """
@@ -16,7 +16,7 @@ from conftest import PRESENT, ROOT
 REWARD = {
     "minimal_sft": (0.45, 0.95),
     "minimal_dpo": (0.45, 0.80),  # it leaves a few percent in the forms that it rejects
-    "minimal_grpo": (0.45, 0.95),
+    "minimal_grpo": (0.45, 0.90),  # five seeds: 0.95 to 0.98, of 100 samples
     "minimal_ppo": (0.45, 0.90),
 }
 GAIN = {"gsm8k_grpo": 0.25, "gsm8k_sft_grpo": 0.30}
@@ -38,6 +38,11 @@ nbformat.write(notebook, sys.argv[1])
 """
 
 
+def in_large_parts(source):
+    """With --micro-batch-size 64, for time; test_micro_batches.py has it that this changes nothing else."""
+    return re.sub(r"(micro_batch_size: int = HfArg\(default=)\d+", r"\g<1>64", source)
+
+
 def in_a_notebook(sources, path):
     """What each cell prints."""
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(x) for x in sources]), path)
@@ -52,7 +57,7 @@ def test_they_learn_in_a_notebook(scripts, tmp_path):
     """Each file as it is, then the last one once more by %run, with flags."""
     sources = []
     for script in scripts:
-        sources += [FORGET, (ROOT / f"{script}.py").read_text(), AFTERWARDS]
+        sources += [FORGET, in_large_parts((ROOT / f"{script}.py").read_text()), AFTERWARDS]
     flags = f"--steps 3 --batch-size 2{MAGIC[scripts[-1]]}"
     sources += [FORGET, f"%run {scripts[-1]}.py {flags}", AFTERWARDS]
     printed = in_a_notebook(sources, tmp_path / "notebook.ipynb")

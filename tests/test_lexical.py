@@ -152,7 +152,7 @@ def test_training_and_evaluation_topics_differ(main):
         assert len(test) == 6 and all(module.TEST.count(example) == 4 for example in test)
         assert all("about 40 words" in prompt and words == 40 for prompt, words in train | test)
     for script, group in (("reinforce", ""), ("rloo", "--group-size 2")):
-        g = main(f"{script}.py --steps 1 --batch-size 150 {group} --max-new-tokens 1")
+        g = main(f"{script}.py --steps 1 --batch-size 150 {group} --max-new-tokens 1 --micro-batch-size 150")
         assert {*zip(g["prompts"], g["answers"])} == set(g["TRAIN"])
 
 

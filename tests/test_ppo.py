@@ -85,7 +85,9 @@ OPTIMIZERS = {"optimizer": "model", "critic_optimizer": "critic"}
 
 
 def test_loop(main, tiny):
-    g = main("minimal_ppo.py --steps 2 --critic-lr 1e-4 --beta 0.3 --gamma 0.9 --lam 0.7")
+    g = main(
+        "minimal_ppo.py --steps 2 --micro-batch-size 64 --critic-lr 1e-4 --beta 0.3 --gamma 0.9 --lam 0.7"
+    )
     fresh, _ = tiny("qwen")
     for name, p in fresh.named_parameters():
         assert torch.equal(p, g["reference"].get_parameter(name)), f"{name} of the reference moved"
@@ -159,7 +161,7 @@ def test_first_values_are_0_and_returns_are_not_whitened(main):
 
 def test_the_critic_is_worth_its_cost(main):
     """After eight batches the critic's squared error is below the variance of the returns: it knows more than their mean."""
-    g = main("minimal_ppo.py --steps 8 --batch-size 32")
+    g = main("minimal_ppo.py --steps 8 --batch-size 32 --micro-batch-size 32")
     torch.manual_seed(1)
     prompts, answers = zip(*minimal_ppo.TEST * 3)
     with torch.no_grad():

@@ -100,7 +100,9 @@ def gsm8k(script, folder, processes):
     """Runs the script on 4 prompts in all, by as many processes; gives what each leaves behind, the log and the output."""
     (folder / "driver.py").write_text(DRIVER)
     out, log, saved = folder / "out", folder / f"{processes}.jsonl", folder / f"saved-{processes}"
-    flags = "--steps 3 --lr 1e-6 --group-size 4 --max-new-tokens 48 --eval-size 6".split()
+    flags = (
+        "--steps 3 --lr 1e-6 --group-size 4 --micro-batch-size 8 --max-new-tokens 48 --eval-size 6".split()
+    )
     flags += ["--batch-size", 4 // processes, "--log", log, "--save", saved]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--"]
     command = [sys.executable, *(launch if processes > 1 else []), folder / "driver.py", out, script, *flags]
@@ -364,7 +366,9 @@ def test_bf16(main, updates, monkeypatch, tmp_path):
         "some weights moved far enough to be rounded elsewhere"
     )
     angles = {m.model.rotary_emb.inv_freq.dtype for m in (g["sampler"], g["reference"])}
-    assert angles == {torch.float32}, "rounded, they would turn the keys by tenths of a radian at position 400"
+    assert angles == {torch.float32}, (
+        "rounded, they would turn the keys by tenths of a radian at position 400"
+    )
     assert g["logp"].dtype == torch.float32 and torch.equal(g["logp"].detach(), g["old_logp"][g["rows"]])
     with torch.no_grad():
         first.requires_grad_(False)
@@ -752,7 +756,7 @@ def test_variants_do_not_depend_on_the_micro_batch(main, updates, teacher, tmp_p
 @pytest.mark.parametrize("name", ["dr_grpo", "lora", "online_dpo", "on_policy_distillation"])
 def test_it_learns(main, tmp_path, teacher, name):
     """Eight steps on one seed, for time; all variants, three seeds and thirty steps: tests/make_variants.py."""
-    flags = f"--steps 8 --seed 3 --log {tmp_path / 'log'}"
+    flags = f"--steps 8 --seed 3 --micro-batch-size 64 --log {tmp_path / 'log'}"
     flags += " --lr 3e-6" if name == "online_dpo" else ""  # it learns from few of its completions
     flags += f" --teacher {teacher}" if name == "on_policy_distillation" else ""
     main(f"{patched(name, tmp_path)} {flags}")
