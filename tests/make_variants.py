@@ -1,8 +1,8 @@
 """Measures the variants and writes tests/variants/README.md from the diffs and from what was measured.
 
-uv run tests/make_variants.py            runs every variant on seeds 0 to 2, two processes at a time (12 minutes on two CPU cores)
-uv run tests/make_variants.py gspo raft  runs these
-uv run tests/make_variants.py --write    runs nothing, only writes the files again
+uv run --with gymnasium tests/make_variants.py  runs every variant on seeds 0 to 2, two processes at a time
+uv run tests/make_variants.py gspo raft         runs these
+uv run tests/make_variants.py --write           runs nothing, only writes the files again
 """
 
 import concurrent.futures
@@ -38,10 +38,10 @@ was measured. The patched file is complete: docstring, formula, flags and help a
 
 `on_policy_distillation` needs a teacher first: `uv run minimal_sft.py --save teacher`. The description of `torchrun` says how to start it.
 
-Before and after: accuracy (`actor_critic`: type-token ratio of the first 40 words), sampled at temperature 1 (`torchrun`: greedy), on the bundled models
-with default flags, seeds 0 to 2. Seconds are those of the whole process, with one thread each and two processes at a time.
-`uv run tests/make_variants.py` measures all of it and writes this page. **But for bf16 and maxrl, the numbers are from before the learning rate's warm-up
-was added to the scripts.**
+Before and after: accuracy (`actor_critic`: type-token ratio of the first 40 words; `gymnasium_ppo`: mean return of 20 greedy episodes), sampled at
+temperature 1 (`torchrun`: greedy), on the bundled models with default flags, seeds 0 to 2. Seconds are those of the whole process, with one thread each and two processes at a time.
+`uv run --with gymnasium tests/make_variants.py` measures all of it and writes this page. **torchrun's numbers are from before the
+learning rate's warm-up was added to the scripts; bf16's are from a version that also rounded the rotary angles to bfloat16.**
 
 ## What you may want
 
@@ -54,7 +54,7 @@ was added to the scripts.**
 - **Less memory**: [lora](#lora); [bf16](#bf16), with gradient checkpointing, whose memory and speed are not measured yet.
 - **Less time**: [shared_prompts](#shared_prompts), [cuda_graph](#cuda_graph); more GPUs: [torchrun](#torchrun).
 - **Another task**: [letter_counting](#letter_counting), [reasoning_gym_grpo](#reasoning_gym_grpo) with a hundred of them.
-- **A tool**: [calculator](#calculator).
+- **A tool or a game**: [calculator](#calculator); [gymnasium_ppo](#gymnasium_ppo), CartPole and its like played in text.
 
 These numbers show that the code learns; they do not rank the methods. With two updates per batch, most ratios are near 1, and
 there most of the policy-gradient losses agree up to a constant factor, so their curves look alike.
