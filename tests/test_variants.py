@@ -756,8 +756,10 @@ def test_variants_do_not_depend_on_the_micro_batch(main, updates, teacher, tmp_p
 @pytest.mark.parametrize("name", ["dr_grpo", "lora", "online_dpo", "on_policy_distillation"])
 def test_it_learns(main, tmp_path, teacher, name):
     """Eight steps on one seed, for time; all variants, three seeds and thirty steps: tests/make_variants.py."""
-    flags = f"--steps 8 --seed 3 --micro-batch-size 64 --log {tmp_path / 'log'}"
-    flags += " --lr 3e-6" if name == "online_dpo" else ""  # it learns from few of its completions
+    flags = f"--steps 8 --seed 3 --log {tmp_path / 'log'}"
+    flags += (
+        " --lr 3e-6" if name == "online_dpo" else " --micro-batch-size 64"
+    )  # it learns from few of its completions
     flags += f" --teacher {teacher}" if name == "on_policy_distillation" else ""
     main(f"{patched(name, tmp_path)} {flags}")
     log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
