@@ -39,7 +39,7 @@ was measured. The patched file is complete: docstring, formula, flags and help a
 `on_policy_distillation` needs a teacher first: `uv run minimal_sft.py --save teacher`. The description of `torchrun` says how to start it.
 
 Before and after: accuracy (`actor_critic`: type-token ratio of the first 40 words; `gymnasium_ppo`: mean return of 20 greedy episodes), sampled at
-temperature 1 (`torchrun`: greedy), on the bundled models with default flags, seeds 0 to 2. Seconds are those of the whole process, with one thread each and two processes at a time.
+temperature 1 (`torchrun`: greedy), on the bundled models with default flags, seeds 0 to 2. Seconds are those of the whole process, with one thread each and two processes at a time (`gymnasium_ppo`: up to three).
 `uv run --with gymnasium tests/make_variants.py` measures all of it and writes this page. **torchrun's numbers are from before the
 learning rate's warm-up was added to the scripts; bf16's are from a version that also rounded the rotary angles to bfloat16.**
 
