@@ -171,7 +171,6 @@ def test_results_of_the_eight(script):
     if script in RESULTS["real"]:
         (run,) = RESULTS["real"][script][:1]
         real = [f"{run['evaluations'][which][score]:.2f}" for which in (0, -1)]
-        real[1] += " (H200, no warm-up)" * (script == "minimal_ppo")  # so says tests/real/README.md
         assert cells[5:] == real
 
 
