@@ -206,6 +206,10 @@ def test_results_in_sentences():
     before, after = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r)
     steps, size = log[-1]["step"], log[-1]["eval"]["n"]
     assert (steps, size) == (18, 128) and f"128 test problems: {before} to {after}" in README
+    log = [json.loads(line) for line in open(ROOT / "tests/real/gsm8k_grpo-lr1e-5-1.jsonl")]
+    before, after = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r)
+    assert {r["eval"]["n"] for r in log if "eval" in r} == {256} and sum("kl" in r for r in log) == 12
+    assert f"{before} of 256 problems became {after}" in README
     before, after = span(evaluations("yours", "reward", 0)), evaluations("yours", "reward")
     assert f"{before} at first, ends at {', '.join(f'{x:.2f}' for x in after)}" in README
 
