@@ -209,7 +209,7 @@ def test_results_in_sentences():
     log = [json.loads(line) for line in open(ROOT / "tests/real/gsm8k_grpo-lr1e-5-1.jsonl")]
     before, after = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r)
     assert {r["eval"]["n"] for r in log if "eval" in r} == {256} and sum("kl" in r for r in log) == 12
-    assert f"{before} of 256 problems became {after}" in README
+    assert f"256 problems: {before} to {after}" in README
     before, after = span(evaluations("yours", "reward", 0)), evaluations("yours", "reward")
     assert f"{before} at first, ends at {', '.join(f'{x:.2f}' for x in after)}" in README
 
