@@ -195,13 +195,11 @@ def test_results_of_the_baselines():
 
 
 def test_results_in_sentences():
-    for script, name in (("rloo", "RLOO"), ("reinforce", "REINFORCE")):
+    for script in ("rloo", "reinforce"):
         (run,) = RESULTS["real"][script]
         before, after = run["evaluations"]
-        gain = f"{after['ttr'] - before['ttr']:.2f}"
-        assert f"{name}'s by {gain}" in README
-        assert f"both from {before['words']:.0f} words to {after['words']:.0f}" in README
-        assert set(run["finished"][-5:]) == {1.0}
+        assert f"from {before['words']:.0f} words to {after['words']:.0f}" in README
+        assert after["ttr"] > before["ttr"] and set(run["finished"][-5:]) == {1.0}
     log = [json.loads(line) for line in open(ROOT / "tests/real/gsm8k_grpo-18-steps-gpu.jsonl")]
     before, after = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r)
     steps, size = log[-1]["step"], log[-1]["eval"]["n"]
