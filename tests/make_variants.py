@@ -24,6 +24,7 @@ JOBS = int(os.environ.get("JOBS", 2))  # processes at a time
 NAMES = {
     "ttr": "type-token ratio",
     "return": "mean return",
+    "lost": "share of 200 games lost to a random player",
     "reward": "accuracy",
 }  # what is evaluated, whichever the script logs
 NEED_A_REAL_MODEL = {"letter_counting", "reasoning_gym_grpo"}
@@ -38,10 +39,10 @@ was measured. The patched file is complete: docstring, formula, flags and help a
 
 `on_policy_distillation` needs a teacher first: `uv run minimal_sft.py --save teacher`. The description of `torchrun` says how to start it.
 
-Before and after: accuracy (`actor_critic`: type-token ratio of the first 40 words; `gymnasium_ppo`: mean return of 20 greedy episodes), sampled at
-temperature 1 (`torchrun`: greedy), on the bundled models with default flags, seeds 0 to 2. Seconds are those of the whole process, with one thread each and two processes at a time (`gymnasium_ppo`: up to three).
-`uv run --with gymnasium tests/make_variants.py` measures all of it and writes this page. **torchrun's numbers are from before the
-learning rate's warm-up was added to the scripts; bf16's are from a version that also rounded the rotary angles to bfloat16.**
+Before and after: accuracy (`actor_critic`: type-token ratio of the first 40 words; `gymnasium_ppo`: mean return of 20 greedy episodes; `tic_tac_toe`: share of 200 games *lost*), sampled
+at temperature 1 (variants of the GSM8K scripts, and `tic_tac_toe`: greedy), on the bundled models with default flags, seeds 0 to 2. Seconds are those of the whole process, with one thread each and two processes at a time (`gymnasium_ppo` and
+`tic_tac_toe`: up to three).
+`uv run --with gymnasium tests/make_variants.py` measures all of it and writes this page.
 
 ## What you may want
 
@@ -51,10 +52,10 @@ learning rate's warm-up was added to the scripts; bf16's are from a version that
 - **A learned baseline without PPO**: [actor_critic](#actor_critic).
 - **Another loss for pairs**: [ipo](#ipo), [simpo](#simpo) without a reference; [online_dpo](#online_dpo) makes the pairs itself.
 - **No reward at hand**: [reward_model](#reward_model) learns one from comparisons, [on_policy_distillation](#on_policy_distillation) takes a teacher.
-- **Less memory**: [lora](#lora); [bf16](#bf16), with gradient checkpointing, whose memory and speed are not measured yet.
+- **Less memory**: [lora](#lora); [bf16](#bf16), with gradient checkpointing; its memory is not measured.
 - **Less time**: [shared_prompts](#shared_prompts), [cuda_graph](#cuda_graph); more GPUs: [torchrun](#torchrun).
 - **Another task**: [letter_counting](#letter_counting), [reasoning_gym_grpo](#reasoning_gym_grpo) with a hundred of them.
-- **A tool or a game**: [calculator](#calculator); [gymnasium_ppo](#gymnasium_ppo), CartPole and its like played in text.
+- **A tool or a game**: [calculator](#calculator); [gymnasium_ppo](#gymnasium_ppo), CartPole and its like played in text; [tic_tac_toe](#tic_tac_toe) against itself.
 
 These numbers show that the code learns; they do not rank the methods. With two updates per batch, most ratios are near 1, and
 there most of the policy-gradient losses agree up to a constant factor, so their curves look alike.
