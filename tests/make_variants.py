@@ -70,7 +70,7 @@ otherwise; of the five losses, only GRPO's has a KL penalty by default. The band
 - GRPO, the only one with a KL term, ends at 0.96 to 1.00, and from step 4 on no batch falls below 0.82.
 - Dr. GRPO without the KL term ends at 0.93 to 1.00. After step 4 single batches drop as low as 0.55. (Before the warm-up was added to the scripts, one seed of five lost all
   reward in step 4; with none left, all advantages are 0, and it never came back.)
-- GSPO ends at 0.99 to 1.00. It is the slowest up to step 5 and the steadiest from step 10 on, with no batch below 0.96: its clip range is so narrow that, over the run,
+- GSPO ends at 0.99 to 1.00. It is the slowest in steps 1 to 4 and the steadiest from step 10 on, with no batch below 0.96: its clip range is so narrow that, over the run,
   0.27 to 0.29 of the completions are held back in the last update of a batch (GRPO: 0.01 to 0.02 of the tokens).
 - CISPO and SAPO have no hard clip that switches a token off. Single batches drop as low as 0.06 and 0.41 after step 4; they end at 0.94 to 0.99 and 0.97 to 1.00.
 - This is one easy task, one learning rate and a tiny model, and nothing was tuned for any of the five.

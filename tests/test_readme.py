@@ -198,16 +198,23 @@ def test_results_in_sentences():
     for script in ("rloo", "reinforce"):
         (run,) = RESULTS["real"][script]
         before, after = run["evaluations"]
-        assert f"with both methods, shorter: from {before['words']:.0f} words to {after['words']:.0f}" in README
+        assert (
+            f"with both methods, shorter: from {before['words']:.0f} words to {after['words']:.0f}" in README
+        )
         assert after["ttr"] > before["ttr"] and set(run["finished"][-5:]) == {1.0}
     log = [json.loads(line) for line in open(ROOT / "tests/real/gsm8k_grpo-18-steps-gpu.jsonl")]
     before, after = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r)
     steps, size = log[-1]["step"], log[-1]["eval"]["n"]
-    assert (steps, size) == (18, 128) and f"{before} before and {after} after 18 steps of an earlier version (128 test" in README
+    assert (steps, size) == (
+        18,
+        128,
+    ) and f"{before} before and {after} after 18 steps of an earlier version (128 test" in README
     log = [json.loads(line) for line in open(ROOT / "tests/real/gsm8k_grpo-lr1e-5-1.jsonl")]
     before, after = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r)
     assert {r["eval"]["n"] for r in log if "eval" in r} == {256} and sum("kl" in r for r in log) == 12
-    assert f"{before} and {after}, with shorter answers, after twelve" in README and "(256 problems;" in README
+    assert (
+        f"{before} and {after}, with shorter answers, after twelve" in README and "(256 problems;" in README
+    )
     before, after = span(evaluations("yours", "reward", 0)), evaluations("yours", "reward")
     assert f"{before} at first, ends at {', '.join(f'{x:.2f}' for x in after)}" in README
 

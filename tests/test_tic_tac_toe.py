@@ -64,7 +64,10 @@ def test_chance_is_as_theory_has_it(game):
 def test_play(game, explore):
     """Each move is made on the board that the moves before it left, by the side whose turn it is; random ones are not returned."""
     random.seed(0)
-    lowest = lambda boards, side: [game.legal_moves(board)[0] for board in boards]
+
+    def lowest(boards, side):
+        return [game.legal_moves(board)[0] for board in boards]
+
     results, moves = game.play({"X": lowest, "O": lowest}, 30, explore)
     assert len(results) == 30 and all(result in (1, 0, -1) for result in results)
     assert not moves if explore == 1 else len(moves) > 30
@@ -185,7 +188,10 @@ def test_evaluate(ready, monkeypatch, tmp_path):
 def test_what_the_model_draws_is_legal(ready):
     game, model, tokenizer = ready
     torch.manual_seed(0)
-    policy = lambda boards, side: game.sample(model, tokenizer, boards, side)
+
+    def policy(boards, side):
+        return game.sample(model, tokenizer, boards, side)
+
     _, moves = game.play({"X": policy, "O": policy}, 20)
     assert all(move in game.legal_moves(board) for _, board, _, move in moves)
     firsts = [move for _, board, _, move in moves if board == game.START]
