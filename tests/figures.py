@@ -289,9 +289,48 @@ def real_texts():
     figure.savefig(FIGURES / "real_texts.png")
 
 
+def real_gsm8k():
+    """GSM8K on real weights, SFT and then GRPO: accuracy and entropy by step, one test problem."""
+    mosaic = {"height_ratios": (4, 2.2, 1), "figsize": (9, 8), "layout": "constrained"}
+    figure, axes = plt.subplot_mosaic("a;b;c", **mosaic)
+    axes["a"].sharex(axes["b"])
+    (run,) = logs(REAL, "gsm8k_sft_grpo-16x8")
+    sft = sum("loss" in r for r in run)
+    for place in "ab":
+        axes[place].axvspan(0, sft, color=METHOD["SFT"], alpha=0.15, lw=0)
+    axes["b"].text(sft / 2, 0.05, "SFT", ha="center", color=METHOD["SFT"])
+    steps = [r for r in run if "zero_std" in r]
+    x, rewards = [r["step"] for r in steps], [r["reward"] for r in steps]
+    axes["a"].plot(x, rewards, color=METHOD["GRPO"], lw=1, alpha=0.6, label="sampled, each batch of 128")
+    means = [sum(rewards[i - 4 : i + 1]) / 5 for i in range(4, len(rewards))]
+    axes["a"].plot(x[4:], means, color=METHOD["GRPO"], lw=3, label="mean of the last five batches")
+    axes["b"].plot(x, [r["entropy"] for r in steps], color=METHOD["GRPO"], lw=3)
+    greedy = [r for r in run if "eval" in r and r["greedy"]]
+    for record in greedy:
+        p, n = record["eval"]["reward"], record["eval"]["n"]
+        label = f"greedy, {n} test problems" if record is greedy[0] else None
+        bar = {"fmt": "o", "capsize": 4, "color": "black", "label": label}
+        axes["a"].errorbar(record["step"], p, 1.96 * (p * (1 - p) / n) ** 0.5, **bar)
+        axes["a"].annotate(f"{p:.2f}", (record["step"], p), xytext=(6, 5), textcoords="offset points")
+    end = greedy[-1]["step"]
+    axes["a"].set(ylabel="correct", ylim=(0, 0.4), xlim=(-1, end + 2.5))
+    axes["a"].legend(frameon=False, loc="lower left", fontsize=12)
+    axes["b"].set(xlabel="step", ylabel="entropy", ylim=(0, 0.8))
+    lines = [f"“{greedy[0]['example']['prompt']}”"]
+    for when, record in zip(("before", "after SFT", "after GRPO"), (greedy[0], greedy[1], greedy[-1])):
+        text = " ".join(record["example"]["text"].split())
+        lines.append(f"{when}: {text[:40]} ... {text[-45:]}")
+    axes["c"].axis("off")
+    style = {"va": "top", "fontsize": 11, "linespacing": 1.35, "parse_math": False}
+    text = axes["c"].text(0, 1, "\n".join(lines), transform=axes["c"].transAxes, **style)
+    text.set_in_layout(False)
+    figure.savefig(FIGURES / "real_gsm8k.png")
+
+
 if __name__ == "__main__":
     files()
     real_sums()
     real_texts()
+    real_gsm8k()
     for draw in (methods, styles, lexical, gsm8k) if sys.argv[1:] else ():
         draw(Path(sys.argv[1]))

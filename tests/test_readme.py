@@ -202,19 +202,20 @@ def test_results_in_sentences():
             f"with both methods, shorter: from {before['words']:.0f} words to {after['words']:.0f}" in README
         )
         assert after["ttr"] > before["ttr"] and set(run["finished"][-5:]) == {1.0}
-    log = [json.loads(line) for line in open(ROOT / "tests/real/gsm8k_grpo-18-steps-gpu.jsonl")]
-    before, after = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r)
-    steps, size = log[-1]["step"], log[-1]["eval"]["n"]
-    assert (steps, size) == (
-        18,
-        128,
-    ) and f"{before} before and {after} after 18 steps of an earlier version (128 test" in README
-    log = [json.loads(line) for line in open(ROOT / "tests/real/gsm8k_grpo-lr1e-5-1.jsonl")]
-    before, after = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r)
-    assert {r["eval"]["n"] for r in log if "eval" in r} == {256} and sum("kl" in r for r in log) == 12
-    assert (
-        f"{before} and {after}, with shorter answers, after twelve" in README and "(256 problems;" in README
-    )
+    log = [json.loads(line) for line in open(ROOT / "tests/real/gsm8k_sft_grpo-16x8-0.jsonl")]
+    greedy = [record for record in log if "eval" in record and record["greedy"]]
+    assert {record["eval"]["n"] for record in greedy} == {256}
+    base, sft, *_, grpo = (f"{record['eval']['reward']:.2f}" for record in greedy)
+    steps = sum("zero_std" in record for record in log)
+    assert f"then {steps} of GRPO with 128 completions each, scored {base} before, {sft} after" in README
+    assert f"{sft} after SFT and {grpo} after GRPO" in README
+    before, after = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r and not r["greedy"])
+    assert f"sampled, {before} correct after SFT, {after} after GRPO" in README
+    spans = []
+    for name in ("18-steps-gpu", "lr1e-5-1"):
+        log = [json.loads(line) for line in open(ROOT / f"tests/real/gsm8k_grpo-{name}.jsonl")]
+        spans.append(" to ".join(f"{record['eval']['reward']:.2f}" for record in log if "eval" in record))
+    assert f"GRPO alone: [{', '.join(spans)}]" in README
     before, after = span(evaluations("yours", "reward", 0)), evaluations("yours", "reward")
     assert f"{before} at first, ends at {', '.join(f'{x:.2f}' for x in after)}" in README
 
