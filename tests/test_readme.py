@@ -209,8 +209,8 @@ def test_results_in_sentences():
     steps = sum("zero_std" in record for record in log)
     assert f"then {steps} of GRPO with 128 completions each, scored {base} before, {sft} after" in README
     assert f"{sft} after SFT and {grpo} after GRPO" in README
-    before, after = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r and not r["greedy"])
-    assert f"answers: {before} correct after SFT on human solutions, {after} after GRPO" in README
+    base, sft, grpo = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r and not r["greedy"])
+    assert f"answers: {base} correct, {sft} after SFT on human solutions, {grpo} after GRPO" in README
     spans = []
     for name in ("18-steps-gpu", "lr1e-5-1"):
         log = [json.loads(line) for line in open(ROOT / f"tests/real/gsm8k_grpo-{name}.jsonl")]
