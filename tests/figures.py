@@ -302,9 +302,8 @@ def real_gsm8k():
     axes["a"].text(sft + 1, 0.47, "GRPO", color=METHOD["GRPO"])
     steps = [r for r in run if "zero_std" in r]
     x, rewards = [r["step"] for r in steps], [r["reward"] for r in steps]
-    axes["a"].plot(
-        x, rewards, color=METHOD["GRPO"], lw=1, alpha=0.6, label="training batches (16 x 8), sampled"
-    )
+    thin = {"lw": 1, "alpha": 0.6, "label": "training batches (16 x 8), sampled"}
+    axes["a"].plot(x, rewards, color=METHOD["GRPO"], **thin)
     means = [sum(rewards[i - 4 : i + 1]) / 5 for i in range(4, len(rewards))]
     axes["a"].plot(x[4:], means, color=METHOD["GRPO"], lw=3, label="mean of the last five batches")
     axes["b"].plot(x, [r["entropy"] for r in steps], color=METHOD["GRPO"], lw=3)
@@ -321,7 +320,7 @@ def real_gsm8k():
     axes["a"].set(ylabel="correct", ylim=(0, 0.52), xlim=(-1, end + 2.5))
     axes["a"].legend(frameon=False, loc="upper right", fontsize=12)
     axes["b"].set(xlabel="step", ylabel="entropy", ylim=(0, 0.8))
-    lines = [f"“{greedy[0]['example']['prompt']}” (15)"]
+    lines = [f"“{greedy[0]['example']['prompt']}” (15)"]  # (22 + 8) / 2
     for when, record in zip(("before", "after SFT", "after GRPO"), (greedy[0], greedy[1], greedy[-1])):
         text = " ".join(record["example"]["text"].split())
         start, last = textwrap.wrap(text, 40)[0], text[-45:].partition(" ")[2]
