@@ -1,17 +1,18 @@
-"""gsm8k_sft_grpo.py with less work for a CPU. A draft of it made gsm8k_sft_grpo-16x8-0.jsonl.
+"""gsm8k_sft_grpo.py with less work for a CPU. Earlier versions of it made the logs whose names have 16x8.
 
     uv run tests/real/gsm8k_fast.py MODEL DATASET --log LOG.jsonl
 
 Data, prompts, score, advantages and loss are the script's own functions; with --sft-steps 0 the method is gsm8k_grpo.py's. What
-differs saves work and changes no result, but for --dtype bfloat16, for CPUs whose `lscpu` shows avx512_bf16 or amx_bf16: products
-are in bfloat16, the gradients of about 2,500 tokens at a time, too; their sum, weights and moments are in float32.
+differs saves work and is the same mathematics, though a seed draws other completions. --dtype bfloat16 is for CPUs whose `lscpu`
+shows avx512_bf16 or amx_bf16: products and logits are then in bfloat16, and so are the gradients of about 2,500 tokens at a time;
+their sum, weights and moments are in float32.
 
 - Qwen2's forward pass is written out: no padding, and a prompt is read once for all completions of its group.
 - Finished completions leave the batch while the others are sampled.
 - Without a KL penalty, completions with advantage 0 have no gradient and are left out of the update.
 - The gradient of the log-probs is computed with them, so that no (tokens, vocabulary) array outlives its piece.
 
-entropy is over the whole batch. Without a KL penalty, kl is over --kl-rows completions of each batch, before the update.
+entropy is over the whole batch, kl over --kl-rows of its completions, before its last update.
 tests/test_gsm8k_fast.py compares all of it with the script.
 """
 
@@ -65,8 +66,14 @@ class Qwen2:
     """The weights, fused into few matrices: master in float32 with gradients, work in the dtype of the products."""
 
     def __init__(self, folder, dtype):
-        self.hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        config = self.hf.config
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        config = hf.config
+        assert config.model_type == "qwen2" and config.tie_word_embeddings, (
+            "written for small Qwen2 models only"
+        )
+        self.folder = folder
+        eos = hf.generation_config.eos_token_id
+        self.eos = eos if isinstance(eos, list) else [eos]
         self.layers, self.heads, self.kv = (
             config.num_hidden_layers,
             config.num_attention_heads,
@@ -74,7 +81,7 @@ class Qwen2:
         )
         self.size = config.hidden_size // self.heads  # of a head
         self.eps, self.dtype = config.rms_norm_eps, dtype
-        self.master = fuse(self.hf.state_dict(), self.layers)
+        self.master = fuse(hf.state_dict(), self.layers)
         for weight in self.master.values():
             weight.grad = torch.zeros_like(weight)
         self.work = {name: w.to(dtype).clone().requires_grad_(True) for name, w in self.master.items()}
@@ -110,8 +117,8 @@ class Qwen2:
         return (x * self.cos[positions] + turned * self.sin[positions]).to(self.dtype)
 
     def hidden(self, weights, groups):
-        """groups: [(prompt ids, [completion ids, ...]), ...]. Final hidden states (tokens, hidden) of one packed row: each prompt,
-        followed by its completions, each without its last token; the rows that predict each completion; keys and values.
+        """groups: [(prompt ids, [completion ids, ...]), ...]. Of one packed row, each prompt followed by its completions, each without
+        its last token: the final hidden states (tokens, hidden), those that predict each completion, keys and values, the embeddings.
         """
         tokens, positions, layout, predict = [], [], [], []
         end = 0
@@ -131,13 +138,14 @@ class Qwen2:
                 end += length
             width = max(lengths, default=0)
             place = torch.arange(width)
+            # (completions, width): what is past a completion's end belongs to another one, and is not `real`
             take = (torch.tensor(starts, dtype=torch.long)[:, None] + place).clamp(max=end - 1)
             real = place < torch.tensor(lengths)[:, None] if width else None
-            see = torch.cat([torch.ones(width, len(prompt)), torch.ones(width, width).tril()], 1) == 0
-            bias = torch.zeros(see.shape, dtype=self.dtype).masked_fill(see, -math.inf)
-            layout.append((own, take, real, bias))
+            sees = torch.ones(width, len(prompt) + width, dtype=torch.bool).tril(len(prompt))
+            layout.append((own, take, real, sees))
         tokens, positions = torch.cat(tokens), torch.cat(positions)
-        x = weights["emb"][tokens].float()  # the sum of all layers stays in float32
+        embedded = weights["emb"].detach()[tokens].float()  # the sum of all layers stays in float32
+        x = embedded.requires_grad_(torch.is_grad_enabled())
         cache = []
         for i in range(self.layers):
             h = self.norm(x, weights[f"{i}.norm1"])
@@ -151,23 +159,21 @@ class Qwen2:
             cache.append((k, v))
             k, v = (t.repeat_interleave(self.heads // self.kv, 0) for t in (k, v))
             mixed = []
-            for own, take, real, bias in layout:
+            for own, take, real, sees in layout:
                 out = F.scaled_dot_product_attention(
                     q[None, :, own], k[None, :, own], v[None, :, own], is_causal=True
                 )
                 mixed.append(out[0].transpose(0, 1).flatten(1))
                 if real is not None:  # completions side by side, each behind the prompt
                     qs, ks, vs = (t[:, take].transpose(0, 1) for t in (q, k, v))
-                    ks, vs = (
-                        torch.cat([t[None, :, own].expand(len(take), -1, -1, -1), s], 2)
-                        for t, s in ((k, ks), (v, vs))
-                    )
-                    out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=bias)
+                    before = (t[None, :, own].expand(len(take), -1, -1, -1) for t in (k, v))
+                    ks, vs = (torch.cat(pair, 2) for pair in zip(before, (ks, vs)))
+                    out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=sees)
                     mixed.append(out.transpose(1, 2).flatten(2)[real])
             x = x + F.linear(torch.cat(mixed), weights[f"{i}.o"])
             gate, up = F.linear(self.norm(x, weights[f"{i}.norm2"]), weights[f"{i}.gate_up"]).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, weights[f"{i}.down"])
-        return self.norm(x, weights["norm"]), predict, cache
+        return self.norm(x, weights["norm"]), predict, cache, (tokens, embedded)
 
     @torch.no_grad()
     def sample(self, prompts, copies, limit, stops, greedy=False):
@@ -180,7 +186,7 @@ class Qwen2:
         bias = torch.zeros(total, width + limit, dtype=self.dtype)
         last = []
         for j, prompt in enumerate(prompts):
-            h, _, cache = self.hidden(self.work, [(prompt, [])])
+            h, _, cache, _ = self.hidden(self.work, [(prompt, [])])
             rows, slots = slice(j * copies, (j + 1) * copies), slice(width - len(prompt), width)
             for i, (k, v) in enumerate(cache):
                 keys[i][rows, :, slots] = k
@@ -195,7 +201,10 @@ class Qwen2:
         logps, finished = torch.zeros(total), torch.zeros(total, dtype=torch.bool)
         for step in range(limit):
             logits = self.linear(h, "emb")
-            tokens, logp = (logits.argmax(1), torch.zeros(len(logits))) if greedy else draw(logits)
+            if greedy:
+                tokens, logp = logits.argmax(1), torch.zeros(len(logits))
+            else:
+                tokens, logp = draw(logits)
             logps[row_of[~done]] += logp[~done]
             for row, token, over in zip(row_of.tolist(), tokens.tolist(), done.tolist()):
                 if not over:
@@ -213,13 +222,13 @@ class Qwen2:
                         smaller[:, :, :slot] = cache[i][keep, :, :slot]
                         cache[i] = smaller
                 row_of, bias, padding, tokens, done = (t[keep] for t in (row_of, bias, padding, tokens, done))
-            positions = (slot - padding)[:, None, None]
+            positions = (slot - padding)[:, None]
             x = self.work["emb"][tokens].float()
             for i in range(self.layers):
                 h = self.norm(x, self.work[f"{i}.norm1"])
                 qkv = self.linear(h, f"{i}.qkv", self.work[f"{i}.qkv_bias"]).view(len(x), -1, self.size)
                 qk, v = qkv.split([self.heads + self.kv, self.kv], 1)
-                q, k = self.rotate(qk[:, :, None], positions)[:, :, 0].split([self.heads, self.kv], 1)
+                q, k = self.rotate(qk, positions).split([self.heads, self.kv], 1)
                 keys[i][:, :, slot], values[i][:, :, slot] = k, v
                 # the query heads that share a key head, as if they were positions
                 mixed = F.scaled_dot_product_attention(
@@ -240,15 +249,16 @@ class Qwen2:
         """
         emb = weights["emb"].detach()
         logps, gradients = [], []
-        for start in range(0, len(h), 1024):
-            part, target = h[start : start + 1024].detach(), targets[start : start + 1024, None]
+        for start in range(0, len(h), PIECE):
+            part, target = h[start : start + PIECE].detach(), targets[start : start + PIECE, None]
             logits = F.linear(part, emb).float()
             normalizer = logits.logsumexp(1, keepdim=True)
             logps.append((logits.gather(1, target) - normalizer)[:, 0])
             if derivative:
                 slope = derivative(logps[-1], start)[:, None]
-                gradient = logits.sub_(normalizer).exp_().mul_(-slope).scatter_add_(1, target, slope)
-                gradient = gradient.to(self.dtype)
+                softmax = logits.sub_(normalizer).exp_()
+                # d loss / d logits = slope * (1 at the target, else 0, - softmax)
+                gradient = softmax.mul_(-slope).scatter_add_(1, target, slope).to(self.dtype)
                 gradients.append(gradient @ emb)
                 self.master["emb"].grad += gradient.T @ part
         return torch.cat(logps), torch.cat(gradients) if derivative else None
@@ -260,20 +270,22 @@ class Qwen2:
         """
         batches, used = [[]], 0
         for group in groups:
-            used += len(group[0]) + sum(len(c) for c in group[1])
-            if batches[-1] and used > room:
+            size = len(group[0]) + sum(len(c) for c in group[1])
+            if batches[-1] and used + size > room:
                 batches.append([])
-                used = len(group[0]) + sum(len(c) for c in group[1])
+                used = 0
             batches[-1].append(group)
+            used += size
         logps, before = [], 0
         for batch in batches:
-            h, predict, _ = self.hidden(self.work, batch)
+            h, predict, _, (tokens, embedded) = self.hidden(self.work, batch)
             h = h[torch.cat(predict)]
             targets = torch.cat([c for _, completions in batch for c in completions])
             logp, gradient = self.logp(
                 self.work, h, targets, lambda logp, start: derivative(logp, before + start)
             )
             h.backward(gradient)
+            self.master["emb"].grad.index_add_(0, tokens, embedded.grad)
             for name, weight in self.work.items():
                 if weight.grad is not None:
                     self.master[name].grad += weight.grad
@@ -287,15 +299,17 @@ class Qwen2:
         """Log-probs of all completion tokens of groups."""
         logps = []
         for prompt, completions in groups:
-            h, predict, _ = self.hidden(weights, [(prompt, completions)])
+            h, predict, *_ = self.hidden(weights, [(prompt, completions)])
             logps.append(self.logp(weights, h[torch.cat(predict)], torch.cat(completions))[0])
         return torch.cat(logps)
 
     def save(self, folder):
-        self.hf.load_state_dict(split(self.master, self.layers, self.heads, self.kv, self.size))
-        self.hf.save_pretrained(folder)
+        hf = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        hf.load_state_dict(split(self.master, self.layers, self.heads, self.kv, self.size))
+        hf.save_pretrained(folder)
 
 
+PIECE = 1024  # tokens whose logits are in memory at once
 MATRICES = {"o": "self_attn.o_proj", "down": "mlp.down_proj"}
 NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 
@@ -369,10 +383,11 @@ def main(args):
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     train, test = (script.load_gsm8k(args.dataset, part) for part in ("train", "test"))
     end = script.end_of_turn(tokenizer)
-    eos = model.hf.generation_config.eos_token_id
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    stops = torch.tensor([tokenizer.convert_tokens_to_ids(end), *eos])
+    stops = torch.tensor([tokenizer.convert_tokens_to_ids(end), *(e for e in model.eos if e is not None)])
     log = open(args.log, "w", buffering=1)
+    if args.save:
+        tokenizer.save_pretrained(args.save)
+    kl_random = random.Random(args.seed)  # the problems drawn do not depend on --kl-rows
 
     def encode(prompt):
         return script.encode_prompts(tokenizer, [prompt])[0][0].cpu()
@@ -435,16 +450,15 @@ def main(args):
         evaluations(args.sft_steps, "sft")
 
     reference = None
-    if args.steps and (args.beta or args.kl_rows):
+    if args.beta or args.kl_rows:
         reference = {name: weight.detach().clone() for name, weight in model.work.items()}
     optimizer = torch.optim.Adam(list(model.master.values()), args.lr, fused=True)
-    step = 0
+    done = args.sft_steps
     for step in range(args.steps):
         if time.time() - begin > args.stop_at:
-            step -= 1
             break
         if args.eval_every and step and step % args.eval_every == 0:
-            evaluations(args.sft_steps + step, "grpo")
+            evaluations(done, "grpo")
             if args.save:
                 model.save(args.save)
         start = time.time()
@@ -458,44 +472,39 @@ def main(args):
         lengths = torch.tensor([len(row) for row in ids])
         count = lengths.sum()
         keep = [row for row in range(len(ids)) if args.beta or advantages[row] != 0]
+        metrics = {}
         groups = [(encode(prompt), []) for prompt in prompts]
         for row in keep:
             groups[of[row]][1].append(ids[row])
-        groups = [group for group in groups if group[1]]
-        metrics = {"kl": 0.0, "grad_norm": 0.0}
-        if groups:
-            token_advantages = advantages[keep].repeat_interleave(lengths[keep])
-            old_logp = ref_logp = None
-            if args.beta:
-                ref_logp = model.score_tokens(reference, groups)
-            for epoch in range(args.update_epochs):
+        groups = [group for group in groups if group[1]]  # may be empty, but Adam's moments move the weights
+        token_advantages = advantages[keep].repeat_interleave(lengths[keep])
+        old_logp = None
+        ref_logp = model.score_tokens(reference, groups) if args.beta else None
+        for epoch in range(args.update_epochs):
+            if args.kl_rows and epoch == args.update_epochs - 1:
+                rows = kl_random.sample(range(len(ids)), min(args.kl_rows, len(ids)))
+                pairs = [(encode(prompts[of[row]]), [ids[row]]) for row in rows]
+                difference = model.score_tokens(reference, pairs) - model.score_tokens(model.work, pairs)
+                metrics["kl"] = (torch.expm1(difference) - difference).mean().item()
+            if groups:
                 terms = (token_advantages, old_logp, ref_logp, args.epsilon, args.beta, count)
                 logp = model.backward(groups, grpo_derivative(*terms))
                 old_logp = logp if epoch == 0 else old_logp
-                if epoch == 0 and reference:
-                    if args.beta:
-                        difference = ref_logp - logp
-                    else:
-                        rows = random.sample(range(len(keep)), min(args.kl_rows, len(keep)))
-                        pairs = [(encode(prompts[of[keep[r]]]), [ids[keep[r]]]) for r in rows]
-                        mine = torch.cat([logp.split(lengths[keep].tolist())[r] for r in rows])
-                        difference = model.score_tokens(reference, pairs) - mine
-                    metrics["kl"] = (torch.expm1(difference) - difference).mean().item()
-                lr = args.lr * min((step + 1) / 5, 1 - step / args.steps)
-                metrics["grad_norm"] = update(optimizer, lr)
+            lr = args.lr * min((step + 1) / 5, 1 - step / args.steps)
+            metrics["grad_norm"] = update(optimizer, lr)
         metrics["entropy"] = (-logps.sum() / count).item()
         groups = rewards.view(-1, args.group_size)
         metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
         metrics |= {"tokens": count.item() / len(ids), "finished": finished.float().mean().item()}
         metrics |= {"sample_seconds": sampled, "seconds": time.time() - start, "phase": "grpo"}
         samples = [dict(prompt=prompts[of[row]], text=texts[row], **scores[row]) for row in range(len(ids))]
-        record = {"step": args.sft_steps + step, **script.mean_scores(scores), **metrics}
+        record = {"step": done, **script.mean_scores(scores), **metrics}
         write(record | {"samples": samples})
-    if args.steps:
-        evaluations(args.sft_steps + step + 1, "grpo")
+        done += 1
     if args.save:
         model.save(args.save)
-        tokenizer.save_pretrained(args.save)
+    if args.steps:
+        evaluations(done, "grpo")
 
 
 if __name__ == "__main__":
