@@ -290,46 +290,62 @@ def real_texts():
 
 
 def real_gsm8k():
-    """GSM8K on real weights, SFT and then GRPO: accuracy and entropy by step, one test problem."""
-    mosaic = {"height_ratios": (4, 2.2, 1), "figsize": (9, 8), "layout": "constrained"}
-    figure, axes = plt.subplot_mosaic("a;b;c", **mosaic)
-    axes["a"].sharex(axes["b"])
-    (run,) = logs(REAL, "gsm8k_sft_grpo-16x8")
+    """GSM8K on real weights, GRPO alone and after SFT: accuracy and entropy by step, one test problem."""
+    mosaic = {"height_ratios": (4, 2, 1.1), "figsize": (13, 8), "layout": "constrained"}
+    figure, axes = plt.subplot_mosaic("ab;cd;ee", **mosaic)
+    (after_sft,) = logs(REAL, "gsm8k_sft_grpo-16x8")
+    (alone,) = logs(REAL, "gsm8k_grpo-16x8")
+    alone = [r for r in after_sft if r["phase"] == "base"] + alone  # the same untrained model
+    for place, below, title, run in (
+        ("a", "c", "gsm8k_grpo", alone),
+        ("b", "d", "gsm8k_sft_grpo", after_sft),
+    ):
+        gsm8k_accuracy(axes[place], run)
+        axes[place].set_title(title)
+        steps = [r for r in run if "zero_std" in r]
+        axes[below].plot(
+            [r["step"] for r in steps], [r["entropy"] for r in steps], color=METHOD["GRPO"], lw=3
+        )
+        axes[below].set(xlabel="step", ylabel="entropy", ylim=(0, 0.8))
+        axes[below].sharex(axes[place])
+    axes["b"].legend(frameon=False, loc="upper right", fontsize=12)
+    code = [r["code"] for r in alone if "code" in r]
+    axes["c"].plot(range(len(code)), code, color="black", lw=2, ls=":", label="share of answers with code")
+    axes["c"].legend(frameon=False, loc="upper right", fontsize=12)
+    greedy = [r for r in after_sft if r.get("how") == "greedy"]
+    shown = [("untrained", greedy[0]), ("after SFT", greedy[1]), ("after SFT and GRPO", greedy[-1])]
+    lines = [f"“{greedy[0]['example']['prompt']}” (The answer is 15.)"]  # (22 + 8) / 2
+    for when, record in shown:
+        text = " ".join(record["example"]["text"].split())
+        start, last = textwrap.wrap(text, 48)[0], text[-60:].partition(" ")[2]
+        lines.append(f"{when}: {start} ... {last}")
+    axes["e"].axis("off")
+    style = {"va": "top", "fontsize": 11, "linespacing": 1.35, "parse_math": False}
+    text = axes["e"].text(0, 1, "\n".join(lines), transform=axes["e"].transAxes, **style)
+    text.set_in_layout(False)
+    figure.savefig(FIGURES / "real_gsm8k.png")
+
+
+def gsm8k_accuracy(axes, run):
+    """Training batches and evaluations of one run, the steps of SFT in a band."""
     sft = sum("loss" in r for r in run)
-    for place in "ab":
-        axes[place].axvspan(0, sft, color=METHOD["SFT"], alpha=0.15, lw=0)
-    axes["a"].text(sft / 2, 0.47, "SFT", ha="center", color=METHOD["SFT"])
-    axes["a"].text(sft + 1, 0.47, "GRPO", color=METHOD["GRPO"])
+    axes.axvspan(0, sft, color=METHOD["SFT"], alpha=0.15, lw=0)
+    axes.text(sft / 2, 0.47, "SFT" * bool(sft), ha="center", color=METHOD["SFT"])
+    axes.text(sft + 1, 0.47, "GRPO", color=METHOD["GRPO"])
     steps = [r for r in run if "zero_std" in r]
     x, rewards = [r["step"] for r in steps], [r["reward"] for r in steps]
-    thin = {"lw": 1, "alpha": 0.6, "label": "training batches (16 x 8), sampled"}
-    axes["a"].plot(x, rewards, color=METHOD["GRPO"], **thin)
+    axes.plot(x, rewards, color=METHOD["GRPO"], lw=1, alpha=0.6, label="training batches (16 x 8), sampled")
     means = [sum(rewards[i - 4 : i + 1]) / 5 for i in range(4, len(rewards))]
-    axes["a"].plot(x[4:], means, color=METHOD["GRPO"], lw=3, label="mean of the last five batches")
-    axes["b"].plot(x, [r["entropy"] for r in steps], color=METHOD["GRPO"], lw=3)
-    greedy = [r for r in run if "eval" in r and r["greedy"]]
-    sampled = [r for r in run if "eval" in r and not r["greedy"]]
-    for records, how, face in ((greedy, "greedy", "black"), (sampled, "sampled", "white")):
+    axes.plot(x[4:], means, color=METHOD["GRPO"], lw=3, label="mean of the last five batches")
+    for how, face in (("greedy", "black"), ("sampled", "white")):
+        records = [r for r in run if r.get("how") == how]
         for record in records:
             p, n = record["eval"]["reward"], record["eval"]["n"]
             label = f"{n} test problems, {how}" if record is records[0] else None
             bar = {"fmt": "o", "capsize": 4, "color": "black", "mfc": face, "label": label}
-            axes["a"].errorbar(record["step"], p, 1.96 * (p * (1 - p) / n) ** 0.5, **bar)
-            axes["a"].annotate(f"{p:.2f}", (record["step"], p), xytext=(6, 5), textcoords="offset points")
-    end = greedy[-1]["step"]
-    axes["a"].set(ylabel="correct", ylim=(0, 0.52), xlim=(-1, end + 2.5))
-    axes["a"].legend(frameon=False, loc="upper right", fontsize=12)
-    axes["b"].set(xlabel="step", ylabel="entropy", ylim=(0, 0.8))
-    lines = [f"“{greedy[0]['example']['prompt']}” (15)"]  # (22 + 8) / 2
-    for when, record in zip(("before", "after SFT", "after GRPO"), (greedy[0], greedy[1], greedy[-1])):
-        text = " ".join(record["example"]["text"].split())
-        start, last = textwrap.wrap(text, 40)[0], text[-45:].partition(" ")[2]
-        lines.append(f"{when}: {start} ... {last}")
-    axes["c"].axis("off")
-    style = {"va": "top", "fontsize": 11, "linespacing": 1.35, "parse_math": False}
-    text = axes["c"].text(0, 1, "\n".join(lines), transform=axes["c"].transAxes, **style)
-    text.set_in_layout(False)
-    figure.savefig(FIGURES / "real_gsm8k.png")
+            axes.errorbar(record["step"], p, 1.96 * (p * (1 - p) / n) ** 0.5, **bar)
+            axes.annotate(f"{p:.2f}", (record["step"], p), xytext=(6, 5), textcoords="offset points")
+    axes.set(ylabel="correct", ylim=(0, 0.52), xlim=(-1, run[-1]["step"] + 3))
 
 
 if __name__ == "__main__":

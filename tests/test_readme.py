@@ -202,22 +202,32 @@ def test_results_in_sentences():
             f"with both methods, shorter: from {before['words']:.0f} words to {after['words']:.0f}" in README
         )
         assert after["ttr"] > before["ttr"]
-    log = [json.loads(line) for line in open(ROOT / "tests/real/gsm8k_sft_grpo-16x8-0.jsonl")]
-    greedy = [record for record in log if "eval" in record and record["greedy"]]
-    assert {record["eval"]["n"] for record in greedy} == {256}
-    base, sft, *_, grpo = (f"{record['eval']['reward']:.2f}" for record in greedy)
-    steps = sum("zero_std" in record for record in log)
-    assert f"then {steps} of GRPO with 128 completions each, scored {base} before, {sft} after" in README
-    assert f"{sft} after SFT and {grpo} after GRPO" in README
-    base, sft, grpo = (f"{r['eval']['reward']:.2f}" for r in log if "eval" in r and not r["greedy"])
-    assert f"answers: {base} correct, {sft} after SFT on human solutions, {grpo} after GRPO" in README
-    spans = []
-    for name in ("18-steps-gpu", "lr1e-5-1"):
-        log = [json.loads(line) for line in open(ROOT / f"tests/real/gsm8k_grpo-{name}.jsonl")]
-        spans.append(" to ".join(f"{record['eval']['reward']:.2f}" for record in log if "eval" in record))
-    assert f"GRPO alone: [{', '.join(spans)}]" in README
     before, after = span(evaluations("yours", "reward", 0)), evaluations("yours", "reward")
     assert f"{before} at first, ends at {', '.join(f'{x:.2f}' for x in after)}" in README
+
+
+def test_results_on_the_real_gsm8k():
+    """Greedy accuracy after each phase of two runs, and their steps; answers with code."""
+    alone, after_sft = (
+        [json.loads(line) for line in open(ROOT / f"tests/real/{script}-16x8-0.jsonl")]
+        for script in ("gsm8k_grpo", "gsm8k_sft_grpo")
+    )
+
+    def greedy(run, phase):
+        *_, last = [r["eval"] for r in run if r.get("how") == "greedy" and r["phase"] == phase]
+        assert last["n"] == 256
+        return f"{last['reward']:.2f}"
+
+    base, sft = greedy(after_sft, "base"), greedy(after_sft, "sft")
+    wanted = {"gsm8k_grpo.py": [base, greedy(alone, "grpo")]}
+    wanted["gsm8k_sft_grpo.py"] = [base, f"{sft} after SFT, {greedy(after_sft, 'grpo')}"]
+    for script, scores in wanted.items():
+        assert [cells[-2:] for cells in rows(README) if cells[0] == script] == [scores]
+    steps = [sum("zero_std" in record for record in run) for run in (alone, after_sft)]
+    assert "of {} and {} steps".format(*steps) in README
+    code = [record["code"] for record in alone if "code" in record]
+    first, last = (f"{100 * mean(part):.0f} %" for part in (code[:3], code[-3:]))
+    assert f"(in {first} of the first answers, {last} of the last)" in README
 
 
 def test_results_of_the_exercises():
