@@ -311,6 +311,7 @@ def real_gsm8k():
     axes["b"].legend(frameon=False, loc="upper right", fontsize=12)
     code = [r["code"] for r in alone if "code" in r]
     axes["c"].plot(range(len(code)), code, color="black", lw=2, ls=":", label="share of answers with code")
+    axes["c"].set_ylabel("entropy; share")
     axes["c"].legend(frameon=False, loc="upper right", fontsize=12)
     greedy = [r for r in after_sft if r.get("how") == "greedy"]
     shown = [("untrained", greedy[0]), ("after SFT", greedy[1]), ("after SFT and GRPO", greedy[-1])]
@@ -337,14 +338,14 @@ def gsm8k_accuracy(axes, run):
     axes.plot(x, rewards, color=METHOD["GRPO"], lw=1, alpha=0.6, label="training batches (16 x 8), sampled")
     means = [sum(rewards[i - 4 : i + 1]) / 5 for i in range(4, len(rewards))]
     axes.plot(x[4:], means, color=METHOD["GRPO"], lw=3, label="mean of the last five batches")
-    for how, face in (("greedy", "black"), ("sampled", "white")):
+    for how, face, aside in (("greedy", "black", 0), ("sampled", "white", 0.4)):
         records = [r for r in run if r.get("how") == how]
         for record in records:
             p, n = record["eval"]["reward"], record["eval"]["n"]
             label = f"{n} test problems, {how}" if record is records[0] else None
             bar = {"fmt": "o", "capsize": 4, "color": "black", "mfc": face, "label": label}
-            axes.errorbar(record["step"], p, 1.96 * (p * (1 - p) / n) ** 0.5, **bar)
-            axes.annotate(f"{p:.2f}", (record["step"], p), xytext=(6, 5), textcoords="offset points")
+            axes.errorbar(record["step"] + aside, p, 1.96 * (p * (1 - p) / n) ** 0.5, **bar)
+            axes.annotate(f"{p:.2f}", (record["step"] + aside, p), xytext=(6, 5), textcoords="offset points")
     axes.set(ylabel="correct", ylim=(0, 0.52), xlim=(-1, run[-1]["step"] + 3))
 
 

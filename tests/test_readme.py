@@ -224,10 +224,10 @@ def test_results_on_the_real_gsm8k():
     for script, scores in wanted.items():
         assert [cells[-2:] for cells in rows(README) if cells[0] == script] == [scores]
     steps = [sum("zero_std" in record for record in run) for run in (alone, after_sft)]
-    assert "of {} and {} steps".format(*steps) in README
+    assert "GSM8K: {} and {} steps".format(*steps) in README
     code = [record["code"] for record in alone if "code" in record]
     first, last = (f"{100 * mean(part):.0f} %" for part in (code[:3], code[-3:]))
-    assert f"(in {first} of the first answers, {last} of the last)" in README
+    assert f"{first} of the answers have some in the first three steps, {last} in the last three" in README
 
 
 def test_results_of_the_exercises():
