@@ -201,11 +201,12 @@ def test_bfloat16(both, tmp_path):
         cosine = F.cosine_similarity(weight.grad.flatten(), exact.master[name].grad.flatten(), 0)
         assert cosine > 0.99, (name, cosine)
     for _ in range(2):
-        x = torch.randn(5, quick.work["emb"].shape[1]).bfloat16()
         for name, weight in quick.work.items():
-            if weight.dim() == 2 and weight.shape[1] == x.shape[1]:
+            if weight.dim() == 2:
+                x = torch.randn(5, weight.shape[1]).bfloat16()
                 expected = x.float() @ quick.master[name].bfloat16().float().T
-                torch.testing.assert_close(quick.linear(x, name).float(), expected, rtol=0.02, atol=0.05)
+                error = (quick.linear(x, name).float() - expected).norm() / expected.norm()
+                assert error < 0.01, (name, error)  # bfloat16 has eight bits
         for weight in quick.master.values():
             weight.data.neg_()
         quick.renew()

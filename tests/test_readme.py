@@ -225,6 +225,11 @@ def test_results_on_the_real_gsm8k():
         assert [cells[-2:] for cells in rows(README) if cells[0] == script] == [scores]
     steps = [sum("zero_std" in record for record in run) for run in (alone, after_sft)]
     assert "GSM8K: {} and {} steps".format(*steps) in README
+    spans = []
+    for name in ("18-steps-gpu", "lr1e-5-1"):
+        log = [json.loads(line) for line in open(ROOT / f"tests/real/gsm8k_grpo-{name}.jsonl")]
+        spans.append(" to ".join(f"{record['eval']['reward']:.2f}" for record in log if "eval" in record))
+    assert f"GRPO alone: [{', '.join(spans)}]" in README
     code = [record["code"] for record in alone if "code" in record]
     first, last = (f"{100 * mean(part):.0f} %" for part in (code[:3], code[-3:]))
     assert f"{first} of the answers have some in the first three steps, {last} in the last three" in README
