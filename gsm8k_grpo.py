@@ -10,8 +10,10 @@
     kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
     loss = mean over all completion tokens of (-surrogate + beta * kl)
 
-DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), eq. 3 and 4, but with two updates per batch and one
-mean over all tokens, so that each weighs the same in a long answer and in a short one (DAPO, 2503.14476).
+DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), eq. 3 and 4, but with one mean over all tokens, so
+that each weighs the same in a long answer and in a short one (DAPO, 2503.14476). By default beta is 0, so
+there is no reference, and a batch has one update: each ratio is then 1, never clipped, and the gradient of
+the loss is that of -advantage * logp.
 The task is GSM8K, grade-school word problems (Cobbe et al. 2021, 2110.14168).
 """
 
@@ -38,16 +40,16 @@ class Args:
     model: str = HfArg(default=MODEL, help="Hub id or folder of an instruct model")
     dataset: str = HfArg(default=DATASET, help="Hub id or folder, laid out like GSM8K")
     steps: int = HfArg(default=30, help="training steps, one batch each")
-    batch_size: int = HfArg(default=4, help="prompts per step")
+    batch_size: int = HfArg(default=16, help="prompts per step")
     group_size: int = HfArg(default=8, help="completions per prompt")
-    micro_batch_size: int = HfArg(default=2, help="rows per backward pass; changes memory only")
+    micro_batch_size: int = HfArg(default=2, help="rows per backward pass; changes memory and speed only")
     max_new_tokens: int = HfArg(default=400, help="longer completions are cut off")
-    lr: float = HfArg(default=1e-6, help="learning rate: warm-up over five steps, linear decay to 0")
-    update_epochs: int = HfArg(default=2, help="optimizer updates per batch")
+    lr: float = HfArg(default=3e-6, help="learning rate: warm-up over five steps, linear decay to 0")
+    update_epochs: int = HfArg(default=1, help="optimizer updates per batch")
     epsilon: float = HfArg(default=0.2, help="clip range of the ratio")
-    beta: float = HfArg(default=0.04, help="weight of the KL penalty; 0 drops the reference model")
+    beta: float = HfArg(default=0.0, help="weight of the KL penalty; 0 drops the reference model")
     eval_size: int = HfArg(default=1319, help="test problems per evaluation, at most; 0: no evaluation")
-    eval_every: int = HfArg(default=0, help="evaluate and save after every so many steps, too")
+    eval_every: int = HfArg(default=0, help="also evaluate, and with --save save, after every so many steps")
     seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines per step and evaluation; overwritten")
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
@@ -60,7 +62,7 @@ SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}
 
 def load_gsm8k(dataset, split):
     """A list of (problem, solution), without marks such as <<3+4=7>> and with the answer in a box."""
-    path = f"{dataset}/main" if os.path.isdir(f"{dataset}/main") else dataset  # not its socratic
+    path = f"{dataset}/main" if os.path.isdir(f"{dataset}/main") else dataset  # not the config socratic
     rows = datasets.load_dataset(path, None if os.path.isdir(path) else "main", split=split)
     examples = []
     for row in rows:
@@ -254,7 +256,7 @@ if __name__ == "__main__":
 
             # 4. update
             optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 5, 1 - step / args.steps)
-            old_logp = torch.zeros_like(mask)  # filled below, as sampling rounds differently
+            old_logp = torch.zeros_like(mask)  # computed below: those of sampling differ by rounding
             ref_logp = torch.zeros_like(mask)
             for epoch in range(args.update_epochs):
                 metrics = collections.defaultdict(float)  # those of the last update are reported

@@ -35,7 +35,7 @@ class Args:
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=8, help="prompts per step")
     group_size: int = HfArg(default=8, help="completions per prompt")
-    micro_batch_size: int = HfArg(default=8, help="rows per backward pass; changes memory only")
+    micro_batch_size: int = HfArg(default=8, help="rows per backward pass; changes memory and speed only")
     max_new_tokens: int = HfArg(default=48, help="longer completions are cut off")
     lr: float = HfArg(default=1e-6, help="learning rate: warm-up over five steps, linear decay to 0")
     update_epochs: int = HfArg(default=2, help="optimizer updates per batch")
@@ -208,7 +208,7 @@ if __name__ == "__main__":
 
             # 4. update
             optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 5, 1 - step / args.steps)
-            old_logp = torch.zeros_like(mask)  # filled below, as sampling rounds differently
+            old_logp = torch.zeros_like(mask)  # computed below: those of sampling differ by rounding
             ref_logp = torch.zeros_like(mask)
             for epoch in range(args.update_epochs):
                 metrics = collections.defaultdict(float)  # those of the last update are reported

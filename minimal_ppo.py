@@ -38,7 +38,7 @@ class Args:
     model: str = HfArg(default=MODEL, help="Hub id or folder of an instruct model")
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=64, help="prompts per step, with one completion each")
-    micro_batch_size: int = HfArg(default=8, help="rows per backward pass; changes memory only")
+    micro_batch_size: int = HfArg(default=8, help="rows per backward pass; changes memory and speed only")
     max_new_tokens: int = HfArg(default=48, help="longer completions are cut off")
     lr: float = HfArg(default=1e-6, help="learning rate: warm-up over five steps, linear decay to 0")
     update_epochs: int = HfArg(default=2, help="optimizer updates per batch")
@@ -219,7 +219,7 @@ if __name__ == "__main__":
             rewards = torch.tensor([s["reward"] for s in scores], dtype=torch.float32, device=DEVICE)
 
             # 3. advantage
-            old_logp = torch.zeros_like(mask)  # filled below, as sampling rounds differently
+            old_logp = torch.zeros_like(mask)  # computed below: those of sampling differ by rounding
             ref_logp = torch.zeros_like(mask)
             old_values = torch.zeros_like(mask)
             with torch.no_grad():

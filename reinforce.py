@@ -36,7 +36,7 @@ class Args:
     model: str = HfArg(default=MODEL, help="Hub id or folder of an instruct model")
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=16, help="prompts per step")
-    micro_batch_size: int = HfArg(default=4, help="rows per backward pass; changes memory only")
+    micro_batch_size: int = HfArg(default=4, help="rows per backward pass; changes memory and speed only")
     max_new_tokens: int = HfArg(default=160, help="longer texts are cut off, so leave room to end")
     lr: float = HfArg(default=2e-4, help="learning rate, for SmolLM2; Qwen needs a hundredth of it")
     baseline: Literal["none", "mean", "ema", "scst"] = HfArg(default="mean", help="subtracted from rewards")

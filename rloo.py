@@ -31,7 +31,7 @@ class Args:
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=4, help="prompts per step")
     group_size: int = HfArg(default=4, help="completions per prompt")
-    micro_batch_size: int = HfArg(default=4, help="rows per backward pass; changes memory only")
+    micro_batch_size: int = HfArg(default=4, help="rows per backward pass; changes memory and speed only")
     max_new_tokens: int = HfArg(default=160, help="longer texts are cut off, so leave room to end")
     lr: float = HfArg(default=2e-4, help="learning rate, for SmolLM2; Qwen needs a hundredth of it")
     brevity_penalty_scale: float = HfArg(default=0.3, help="weight of each missing or extra word")

@@ -289,6 +289,9 @@ def real_texts():
     figure.savefig(FIGURES / "real_texts.png")
 
 
+ASIDE = 0.4  # how many steps a sampled evaluation is drawn beside the greedy one
+
+
 def real_gsm8k():
     """GSM8K on real weights, GRPO alone and after SFT: accuracy and entropy by step, one test problem."""
     mosaic = {"height_ratios": (4, 2, 1.1), "figsize": (13, 8), "layout": "constrained"}
@@ -306,9 +309,12 @@ def real_gsm8k():
         axes[below].plot(
             [r["step"] for r in steps], [r["entropy"] for r in steps], color=METHOD["GRPO"], lw=3
         )
+        sampled = [r for r in run if r.get("how") == "sampled"]
+        dots = {"ls": "", "marker": "o", "color": "black", "mfc": "white"}
+        axes[below].plot([r["step"] + ASIDE for r in sampled], [r["entropy"] for r in sampled], **dots)
         axes[below].set(xlabel="step", ylabel="entropy", ylim=(0, 0.8))
         axes[below].sharex(axes[place])
-    axes["b"].legend(frameon=False, loc="upper right", fontsize=12)
+    axes["a"].legend(frameon=False, loc="upper right", fontsize=12)
     code = [r["code"] for r in alone if "code" in r]
     axes["c"].plot(range(len(code)), code, color="black", lw=2, ls=":", label="share of answers with code")
     axes["c"].set_ylabel("entropy; share")
@@ -338,15 +344,17 @@ def gsm8k_accuracy(axes, run):
     axes.plot(x, rewards, color=METHOD["GRPO"], lw=1, alpha=0.6, label="training batches (16 x 8), sampled")
     means = [sum(rewards[i - 4 : i + 1]) / 5 for i in range(4, len(rewards))]
     axes.plot(x[4:], means, color=METHOD["GRPO"], lw=3, label="mean of the last five batches")
-    for how, face, aside in (("greedy", "black", 0), ("sampled", "white", 0.4)):
+    for how, face, aside, label_at in (("greedy", "black", 0, "right"), ("sampled", "white", ASIDE, "left")):
         records = [r for r in run if r.get("how") == how]
         for record in records:
             p, n = record["eval"]["reward"], record["eval"]["n"]
             label = f"{n} test problems, {how}" if record is records[0] else None
             bar = {"fmt": "o", "capsize": 4, "color": "black", "mfc": face, "label": label}
             axes.errorbar(record["step"] + aside, p, 1.96 * (p * (1 - p) / n) ** 0.5, **bar)
-            axes.annotate(f"{p:.2f}", (record["step"] + aside, p), xytext=(6, 5), textcoords="offset points")
-    axes.set(ylabel="correct", ylim=(0, 0.52), xlim=(-1, run[-1]["step"] + 3))
+            box = {"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1}
+            at = {"xytext": (-7 if label_at == "right" else 7, 0), "textcoords": "offset points"}
+            axes.annotate(f"{p:.2f}", (record["step"] + aside, p), ha=label_at, va="center", bbox=box, **at)
+    axes.set(ylabel="correct", ylim=(0, 0.52), xlim=(-4, run[-1]["step"] + 4))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ at temperature 1 (variants of the GSM8K scripts, and `tic_tac_toe`: greedy), on 
 - **Another task**: [letter_counting](#letter_counting), [reasoning_gym_grpo](#reasoning_gym_grpo) with a hundred of them.
 - **A tool or a game**: [calculator](#calculator); [gymnasium_ppo](#gymnasium_ppo), CartPole and its like played in text; [tic_tac_toe](#tic_tac_toe) against itself.
 
-These numbers show that the code learns; they do not rank the methods. With two updates per batch, most ratios are near 1, and
+These numbers show that the code learns; they do not rank the methods. With one update per batch all ratios are 1, with two most are near 1, and
 there most of the policy-gradient losses agree up to a constant factor, so their curves look alike.
 
 ## Where they differ: eight updates per batch

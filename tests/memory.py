@@ -118,9 +118,10 @@ def count():
                 LlamaForCausalLM(LlamaConfig(**SMOLLM)) if llama else Qwen2ForCausalLM(Qwen2Config(**QWEN))
             ).eval()
         weights = 4 * model.num_parameters() / GIB
-        reference = script not in ("minimal_sft", "reinforce", "rloo")
+        args = importlib.import_module(script).Args()
+        reference = getattr(args, "beta", 0) > 0
         states = 4 * weights + reference * weights + (script == "minimal_ppo") * 4 * weights
-        N = rows(importlib.import_module(script).Args())
+        N = rows(args)
         peak = activations(model, P, C, N)
         print(
             f"| {script} | {4 * weights:.1f} | {states:.1f} | {peak / GIB:.1f} | {states + peak / GIB:.1f} |"

@@ -42,7 +42,7 @@ def steps_of(log, script):
 
 def sft_steps(script):
     """Steps of an earlier phase, which the numbers of the last one continue."""
-    return 3 if script == "gsm8k_sft_grpo" else 0
+    return 8 if script == "gsm8k_sft_grpo" else 0
 
 
 def same(a, b):
@@ -357,8 +357,8 @@ def test_a_character_that_the_terminal_lacks(main, monkeypatch, tmp_path, script
     main(f"{path} {SHORT} --steps 1 {flags} --log {tmp_path / 'log'}")
     sys.stdout.flush()
     lines = seen.getvalue().decode().splitlines()
-    shown = [line for line in lines if "\\u597d" in line]  # two evaluations and a step; three and four steps
-    assert len(shown) == (7 if script == "gsm8k_sft_grpo" else 3)
+    shown = [line for line in lines if "\\u597d" in line]  # two evaluations and a step; three and nine steps
+    assert len(shown) == (12 if script == "gsm8k_sft_grpo" else 3)
     assert all("\\u597d" in part for line in shown for part in line.split("' -> '"))
     assert (
         script not in RL or steps_of(records(tmp_path / "log"), script)[0]["samples"][0]["text"][-1] == "好"

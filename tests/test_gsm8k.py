@@ -185,7 +185,7 @@ def test_real_problems_run(main):
 
 def test_grpo_in_the_loop(main, updates):
     """The last update's gradient against one of our own, from one pass over the whole batch without micro-batches."""
-    g = main(f"gsm8k_grpo.py --steps 2 --lr 0 --beta 0.3 {QUICK} --batch-size 5")
+    g = main(f"gsm8k_grpo.py --steps 2 --lr 0 --update-epochs 2 --beta 0.3 {QUICK} --batch-size 5")
     rewards = [score(text, answer)["reward"] for text, answer in zip(g["texts"], g["answers"])]
     assert g["rewards"].tolist() == rewards and g["prompts"][:4] == (g["prompts"][0],) * 4
     logp = g["completion_logp"](g["model"], g["ids"], g["attn"], g["mask"])
@@ -199,7 +199,8 @@ def test_grpo_in_the_loop(main, updates):
 
 def test_old_and_reference_log_probs_are_those_of_before(main, tiny):
     """Of each micro-batch, and still in the second update, which moves away from them."""
-    g = main(f"gsm8k_grpo.py --steps 1 {QUICK} --micro-batch-size 3 --epsilon 0.001")
+    flags = "--micro-batch-size 3 --update-epochs 2 --epsilon 0.001 --beta 0.04"
+    g = main(f"gsm8k_grpo.py --steps 1 {QUICK} {flags}")
     with torch.no_grad():
         before = g["completion_logp"](tiny("qwen")[0], g["ids"], g["attn"], g["mask"])
     for name in ("old_logp", "ref_logp"):
@@ -242,9 +243,8 @@ def test_sft_then_grpo(main, tiny, monkeypatch, tmp_path):
         return call(self, text, **kwargs)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", watched)
-    g = main(
-        f"gsm8k_sft_grpo.py --steps 1 --sft-steps 3 {QUICK} --lr 2e-6 --sft-lr 3e-6 --log {tmp_path / 'log'}"
-    )
+    flags = f"--lr 2e-6 --sft-lr 3e-6 --update-epochs 2 --beta 0.04 --log {tmp_path / 'log'}"
+    g = main(f"gsm8k_sft_grpo.py --steps 1 --sft-steps 3 {QUICK} {flags}")
     targets = [
         text for batch in seen if isinstance(batch, list) for text in batch if text.endswith("}.<|im_end|>")
     ]
@@ -278,7 +278,7 @@ def test_evaluation_during_training(main, tmp_path, script):
         flags = f"--steps 4 --eval-every 2 {QUICK} --max-new-tokens 4 --save {tmp_path / 'out'} --log {tmp_path / 'log'}"
         g = main(f"{script}.py {flags}")
     evaluated = [r["step"] for r in map(json.loads, (tmp_path / "log").open()) if "eval" in r]
-    assert evaluated == ([0, 3, 5, 7] if script == "gsm8k_sft_grpo" else [0, 2, 4])
+    assert evaluated == ([0, 8, 10, 12] if script == "gsm8k_sft_grpo" else [0, 2, 4])
     assert saved == [str(tmp_path / "out")] * 2 and len(g["history"]) == evaluated[-1]
 
 

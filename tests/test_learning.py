@@ -71,7 +71,7 @@ def test_they_learn_in_a_notebook(scripts, tmp_path):
 
 def learned(script, out, afterwards):
     steps = len(re.findall(r"^step \d+  ", out, re.MULTILINE))
-    assert steps == (33 if script == "gsm8k_sft_grpo" else 30) and out.startswith("--model tests/tiny-"), (
+    assert steps == (38 if script == "gsm8k_sft_grpo" else 30) and out.startswith("--model tests/tiny-"), (
         script
     )
     assert re.search(rf'^\["(Qwen2|Llama)ForCausalLM", "\w+", {steps}, \[', afterwards), script

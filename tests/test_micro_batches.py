@@ -13,8 +13,8 @@ ROWS = {  # twelve completions of different lengths
     "minimal_ppo": "--batch-size 12 --epsilon 0.001 --critic-lr 1e-4",
     "reinforce": "--batch-size 12 --max-new-tokens 60",
     "rloo": "--batch-size 3 --group-size 4 --max-new-tokens 60",
-    "gsm8k_grpo": "--batch-size 3 --group-size 4 --eval-size 0 --epsilon 0.001",
-    "gsm8k_sft_grpo": "--batch-size 3 --group-size 4 --eval-size 0 --sft-steps 1 --epsilon 0.001",
+    "gsm8k_grpo": "--batch-size 3 --group-size 4 --eval-size 0 --update-epochs 2 --epsilon 0.001 --beta 0.04",
+    "gsm8k_sft_grpo": "--batch-size 3 --group-size 4 --eval-size 0 --update-epochs 2 --epsilon 0.001 --beta 0.04 --sft-steps 1",
 }
 
 

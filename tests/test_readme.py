@@ -80,9 +80,15 @@ def test_links_and_commands_lead_somewhere(folder, text):
 
 @pytest.mark.parametrize("script", PRESENT)
 def test_lines_and_memory(script):
-    """Lines as they are; memory as tests/README.md has it, and the smallest card that leaves a tenth free."""
+    """Lines and batch as they are; memory as tests/README.md has it, and the smallest card that leaves a tenth free."""
     (cells,) = [cells for cells in rows(README) if cells[0].startswith(f"[{script}.py]") and len(cells) == 7]
     assert int(cells[1]) == len((ROOT / f"{script}.py").read_text().splitlines())
+    args = args_of(script)
+    sft = f"{args.batch_size}, then " if "sft_steps" in vars(args) else ""
+    group = f" x {args.group_size}" if "group_size" in vars(args) else ""
+    updates = {1: "", 2: ", twice"}[getattr(args, "update_epochs", 1)]
+    assert cells[4] == f"{sft}{args.batch_size}{group}{updates}"
+    assert ("reference" in cells[3]) == (getattr(args, "beta", 0) > 0)
     table = EVIDENCE.split("## How large")[1].split("\n## ")[0]
     (counted,) = [row for row in rows(table) if f"`{script}.py`" in row[0]]
     gib = float(counted[-2])
@@ -220,7 +226,7 @@ def test_results_on_the_real_gsm8k():
 
     base, sft = greedy(after_sft, "base"), greedy(after_sft, "sft")
     wanted = {"gsm8k_grpo.py": [base, greedy(alone, "grpo")]}
-    wanted["gsm8k_sft_grpo.py"] = [base, f"{sft} after SFT, {greedy(after_sft, 'grpo')}"]
+    wanted["gsm8k_sft_grpo.py"] = [base, f"{greedy(after_sft, 'grpo')} ({sft} after SFT)"]
     for script, scores in wanted.items():
         assert [cells[-2:] for cells in rows(README) if cells[0] == script] == [scores]
     steps = [sum("zero_std" in record for record in run) for run in (alone, after_sft)]

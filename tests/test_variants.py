@@ -100,10 +100,9 @@ def gsm8k(script, folder, processes):
     """Runs the script on 4 prompts in all, by as many processes; gives what each leaves behind, the log and the output."""
     (folder / "driver.py").write_text(DRIVER)
     out, log, saved = folder / "out", folder / f"{processes}.jsonl", folder / f"saved-{processes}"
-    flags = (
-        "--steps 3 --lr 1e-6 --group-size 4 --micro-batch-size 8 --max-new-tokens 48 --eval-size 6".split()
-    )
-    flags += ["--batch-size", 4 // processes, "--log", log, "--save", saved]
+    flags = "--steps 3 --lr 1e-6 --group-size 4 --micro-batch-size 8 --max-new-tokens 48 --eval-size 6"
+    flags = f"{flags} --update-epochs 2 --beta 0.04 --batch-size {4 // processes}".split()
+    flags += ["--log", log, "--save", saved]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--"]
     command = [sys.executable, *(launch if processes > 1 else []), folder / "driver.py", out, script, *flags]
     done = subprocess.run(
