@@ -241,7 +241,9 @@ def test_the_loss_of_grpo_is_that_of_the_own_tokens(monkeypatch, tiny, calculato
 def test_results_do_not_depend_on_micro_batches(monkeypatch, updates, tiny, calculator):
     """Every gradient, loss and metric of SFT and GRPO, as in tests/test_micro_batches.py: rows with two calls, one and none."""
     rows = [RIGHT, WRONG, [*RIGHT[:2], "<|im_end|>"], WRONG[2:], RIGHT, WRONG]
-    flags = "--sft-steps 1 --steps 1 --batch-size 2 --group-size 3 --epsilon 0.001"
+    flags = (
+        "--sft-steps 1 --steps 1 --batch-size 2 --group-size 3 --update-epochs 2 --epsilon 0.001 --beta 0.04"
+    )
     found = []
     for size in (6, 4, 1):
         updates.clear()

@@ -208,6 +208,8 @@ def test_results_in_sentences():
             f"with both methods, shorter: from {before['words']:.0f} words to {after['words']:.0f}" in README
         )
         assert after["ttr"] > before["ttr"]
+    last = RESULTS["real"]["minimal_ppo"][0]["reward"][-1]
+    assert f"(PPO's last: {last:.2f})" in README
     before, after = span(evaluations("yours", "reward", 0)), evaluations("yours", "reward")
     assert f"{before} at first, ends at {', '.join(f'{x:.2f}' for x in after)}" in README
 
@@ -235,7 +237,7 @@ def test_results_on_the_real_gsm8k():
     for name in ("18-steps-gpu", "lr1e-5-1"):
         log = [json.loads(line) for line in open(ROOT / f"tests/real/gsm8k_grpo-{name}.jsonl")]
         spans.append(" to ".join(f"{record['eval']['reward']:.2f}" for record in log if "eval" in record))
-    assert f"GRPO alone: [{', '.join(spans)}]" in README
+    assert f"of smaller batches fell: [{', '.join(spans)}]" in README
     code = [record["code"] for record in alone if "code" in record]
     first, last = (f"{100 * mean(part):.0f} %" for part in (code[:3], code[-3:]))
     assert f"{first} of the answers have some in the first three steps, {last} in the last three" in README

@@ -340,7 +340,7 @@ def test_maxrl(last_update, variant):
 
 def test_bf16(main, updates, monkeypatch, tmp_path):
     """What is in which type, that the sampler is renewed, that the first ratio is 1, and what checkpointing leaves as it is."""
-    flags = "--steps 2 --lr 3e-6 --batch-size 2 --group-size 4 --max-new-tokens 24 --eval-size 4 --update-epochs 1 --seed 1"
+    flags = "--steps 2 --lr 3e-6 --batch-size 2 --group-size 4 --max-new-tokens 24 --eval-size 4 --update-epochs 1 --beta 0.04 --seed 1"
     products, linear = set(), torch.nn.functional.linear
 
     def watched(x, weight, bias=None):
