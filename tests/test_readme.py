@@ -238,6 +238,15 @@ def test_results_on_the_real_gsm8k():
         log = [json.loads(line) for line in open(ROOT / f"tests/real/gsm8k_grpo-{name}.jsonl")]
         spans.append(" to ".join(f"{record['eval']['reward']:.2f}" for record in log if "eval" in record))
     assert f"of smaller batches fell: [{', '.join(spans)}]" in README
+    real = (ROOT / "tests/real/README.md").read_text()
+    for name, log in (("float32", "sft-0"), ("bfloat16", "16x8-0")):
+        records = [json.loads(line) for line in open(ROOT / f"tests/real/gsm8k_sft_grpo-{log}.jsonl")]
+        for label, metric, digits in (
+            (f"{name}, loss", "loss", 3),
+            (f"{name}, gradient norm", "grad_norm", 1),
+        ):
+            numbers = [f"{record[metric]:.{digits}f}" for record in records if "loss" in record]
+            assert [cells[1:] for cells in rows(real) if cells[0] == label] == [numbers] and len(numbers) == 8
     code = [record["code"] for record in alone if "code" in record]
     first, last = (f"{100 * mean(part):.0f} %" for part in (code[:3], code[-3:]))
     assert f"{first} of the answers have some in the first three steps, {last} in the last three" in README
