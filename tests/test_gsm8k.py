@@ -197,14 +197,20 @@ def test_grpo_in_the_loop(main, updates):
     assert g["history"][-1]["kl"] == pytest.approx(0, abs=1e-6)
 
 
-def test_old_and_reference_log_probs_are_those_of_before(main, tiny):
-    """Of each micro-batch, and still in the second update, which moves away from them."""
+@BOTH
+def test_old_and_reference_log_probs_are_those_of_before(main, tiny, updates, script):
+    """Of each micro-batch, in the first update, where they have no gradient, and in the second, which moves away from them."""
     flags = "--micro-batch-size 3 --update-epochs 2 --epsilon 0.001 --beta 0.04"
-    g = main(f"gsm8k_grpo.py --steps 1 {QUICK} {flags}")
-    with torch.no_grad():
-        before = g["completion_logp"](tiny("qwen")[0], g["ids"], g["attn"], g["mask"])
+    flags += " --sft-steps 0" * (script == "gsm8k_sft_grpo")
+    g = main(f"{script}.py --steps 1 {QUICK} {flags}")
+    model, _ = tiny("qwen")
+    before = g["completion_logp"](model, g["ids"], g["attn"], g["mask"])
     for name in ("old_logp", "ref_logp"):
         assert (g[name] - before).abs().max() < 1e-3 and not g[name].requires_grad
+    loss = -(g["advantages"] * before * g["mask"]).sum() / g["mask"].sum()  # each ratio is 1, and the KL 0
+    ours = torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(model.parameters()))])
+    ours *= min(1.0, 1 / ours.double().norm().item())
+    assert (ours - updates[0]).abs().max() < 1e-5
     assert g["history"][0]["clip_frac"] > 0.05 and g["history"][0]["kl"] > 0
 
 
