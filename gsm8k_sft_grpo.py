@@ -53,7 +53,7 @@ class Args:
     epsilon: float = HfArg(default=0.2, help="clip range of the ratio")
     beta: float = HfArg(default=0.0, help="weight of the KL penalty; 0 drops the reference model")
     eval_size: int = HfArg(default=1319, help="test problems per evaluation, at most; 0: no evaluation")
-    eval_every: int = HfArg(default=0, help="also evaluate, and with --save save, after every so many steps")
+    eval_every: int = HfArg(default=0, help="evaluate, and save if --save is set, every so many steps")
     seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines per step and evaluation; overwritten")
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
