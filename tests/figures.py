@@ -293,42 +293,42 @@ ASIDE = 0.4  # how many steps a sampled evaluation is drawn beside the greedy on
 
 
 def real_gsm8k():
-    """GSM8K on real weights, GRPO alone and after SFT: accuracy and entropy by step, one test problem."""
-    mosaic = {"height_ratios": (4, 2, 1.1), "figsize": (13, 8), "layout": "constrained"}
-    figure, axes = plt.subplot_mosaic("ab;cd;ee", **mosaic)
-    (after_sft,) = logs(REAL, "gsm8k_sft_grpo-16x8")
+    """GSM8K on real weights, GRPO after SFT (two seeds) and alone: accuracy and entropy by step, one test problem."""
+    mosaic = {"height_ratios": (4, 2, 1.1), "figsize": (16, 8), "layout": "constrained"}
+    figure, axes = plt.subplot_mosaic("abc;def;ggg", **mosaic)
+    stopped, defaults = logs(REAL, "gsm8k_sft_grpo-16x8")
     (alone,) = logs(REAL, "gsm8k_grpo-16x8")
-    alone = [r for r in after_sft if r["phase"] == "base"] + alone  # the same untrained model
+    alone = [r for r in stopped if r["phase"] == "base"] + alone  # the same untrained model
     for place, below, title, run in (
-        ("a", "c", "gsm8k_grpo", alone),
-        ("b", "d", "gsm8k_sft_grpo", after_sft),
+        ("a", "d", "gsm8k_sft_grpo, seed 1", defaults),
+        ("b", "e", "gsm8k_sft_grpo, seed 0", stopped),
+        ("c", "f", "gsm8k_grpo, seed 0", alone),
     ):
         gsm8k_accuracy(axes[place], run)
         axes[place].set_title(title)
         steps = [r for r in run if "zero_std" in r]
-        axes[below].plot(
-            [r["step"] for r in steps], [r["entropy"] for r in steps], color=METHOD["GRPO"], lw=3
-        )
+        x, entropies = [r["step"] for r in steps], [r["entropy"] for r in steps]
+        axes[below].plot(x, entropies, color=METHOD["GRPO"], lw=3, label="entropy of the batches")
         sampled = [r for r in run if r.get("how") == "sampled"]
         dots = {"ls": "", "marker": "o", "color": "black", "mfc": "white"}
         axes[below].plot([r["step"] + ASIDE for r in sampled], [r["entropy"] for r in sampled], **dots)
-        axes[below].set(xlabel="step", ylabel="entropy", ylim=(0, 0.8))
+        axes[below].set(xlabel="step", ylabel="entropy, share", ylim=(0, 0.8))
         axes[below].sharex(axes[place])
-    axes["a"].legend(frameon=False, loc="upper right", fontsize=12)
-    code = [r["code"] for r in alone if "code" in r]
-    axes["c"].plot(range(len(code)), code, color="black", lw=2, ls=":", label="share of answers with code")
-    axes["c"].set_ylabel("entropy; share")
-    axes["c"].legend(frameon=False, loc="upper right", fontsize=12)
-    greedy = [r for r in after_sft if r.get("how") == "greedy"]
+        coded = [r for r in run if "code" in r]
+        x, shares = [r["step"] for r in coded], [r["code"] for r in coded]
+        axes[below].plot(x, shares, color="black", lw=2, ls=":", label="share of answers with Python")
+    handles, labels = (sum(both, []) for both in zip(*(axes[x].get_legend_handles_labels() for x in "ad")))
+    axes["g"].legend(handles, labels, frameon=False, loc="center right", fontsize=12)
+    greedy = [r for r in stopped if r.get("how") == "greedy"]
     shown = [("untrained", greedy[0]), ("after SFT", greedy[1]), ("after SFT and GRPO", greedy[-1])]
     lines = [f"“{greedy[0]['example']['prompt']}” (The answer is 15.)"]  # (22 + 8) / 2
     for when, record in shown:
         text = " ".join(record["example"]["text"].split())
         start, last = textwrap.wrap(text, 48)[0], text[-60:].partition(" ")[2]
         lines.append(f"{when}: {start} ... {last}")
-    axes["e"].axis("off")
+    axes["g"].axis("off")
     style = {"va": "top", "fontsize": 11, "linespacing": 1.35, "parse_math": False}
-    text = axes["e"].text(0, 1, "\n".join(lines), transform=axes["e"].transAxes, **style)
+    text = axes["g"].text(0, 1, "\n".join(lines), transform=axes["g"].transAxes, **style)
     text.set_in_layout(False)
     figure.savefig(FIGURES / "real_gsm8k.png")
 
@@ -348,7 +348,7 @@ def gsm8k_accuracy(axes, run):
         records = [r for r in run if r.get("how") == how]
         for record in records:
             p, n = record["eval"]["reward"], record["eval"]["n"]
-            label = f"{n} test problems, {how}" if record is records[0] else None
+            label = f"test problems, {how}" if record is records[0] else None
             bar = {"fmt": "o", "capsize": 4, "color": "black", "mfc": face, "label": label}
             axes.errorbar(record["step"] + aside, p, 1.96 * (p * (1 - p) / n) ** 0.5, **bar)
             box = {"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1}

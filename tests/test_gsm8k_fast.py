@@ -184,6 +184,9 @@ def test_training_is_the_scripts(main, monkeypatch, tmp_path, flags, more):
         empty = [record["zero_std"] == 1 for record in got]
         assert (False, True) in zip(empty, empty[1:])
     assert (copied - moved).norm() < 0.002 * moved.norm()
+    if "--sft-steps 0" not in flags:  # the model after SFT is saved too
+        sft, last = (tmp_path / f"{name}/model.safetensors" for name in ("fast-sft", "fast"))
+        assert (sft.read_bytes() == last.read_bytes()) == ("--steps 0" in flags)
 
 
 def test_bfloat16(both, tmp_path):

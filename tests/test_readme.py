@@ -205,40 +205,49 @@ def test_results_in_sentences():
         (run,) = RESULTS["real"][script]
         before, after = run["evaluations"]
         assert (
-            f"with both methods, shorter: from {before['words']:.0f} words to {after['words']:.0f}" in README
+            f"and shorter: with each method, from {before['words']:.0f} words to {after['words']:.0f}" in README
         )
         assert after["ttr"] > before["ttr"]
     last = RESULTS["real"]["minimal_ppo"][0]["reward"][-1]
-    assert f"(PPO's last: {last:.2f})" in README
+    right = round(100 * RESULTS["real"]["minimal_ppo"][0]["evaluations"][-1]["reward"])
+    assert f"(PPO's last: {last:.2f}; after it, {right} of 100)" in README
     before, after = span(evaluations("yours", "reward", 0)), evaluations("yours", "reward")
     assert f"{before} at first, ends at {', '.join(f'{x:.2f}' for x in after)}" in README
 
 
 def test_results_on_the_real_gsm8k():
-    """Greedy accuracy after each phase of two runs, and their steps; answers with code."""
-    alone, after_sft = (
-        [json.loads(line) for line in open(ROOT / f"tests/real/{script}-16x8-0.jsonl")]
-        for script in ("gsm8k_grpo", "gsm8k_sft_grpo")
+    """Greedy accuracy after each phase of three runs, batches, problems won and lost; answers with code."""
+    alone, stopped, whole = (
+        [json.loads(line) for line in open(ROOT / f"tests/real/{run}.jsonl")]
+        for run in ("gsm8k_grpo-16x8-0", "gsm8k_sft_grpo-16x8-0", "gsm8k_sft_grpo-16x8-1")
     )
 
-    def greedy(run, phase):
-        *_, last = [r["eval"] for r in run if r.get("how") == "greedy" and r["phase"] == phase]
-        assert last["n"] == 256
-        return f"{last['reward']:.2f}"
+    def greedy(run, phase, n):
+        *_, last = [r for r in run if r.get("how") == "greedy" and r["phase"] == phase]
+        assert last["eval"]["n"] == n
+        return last
 
-    base, sft = greedy(after_sft, "base"), greedy(after_sft, "sft")
-    wanted = {"gsm8k_grpo.py": [base, greedy(alone, "grpo")]}
-    wanted["gsm8k_sft_grpo.py"] = [base, f"{greedy(after_sft, 'grpo')} ({sft} after SFT)"]
+    def score(record):
+        return f"{record['eval']['reward']:.2f}"
+
+    base, sft, after = (greedy(whole, phase, 1319) for phase in ("base", "sft", "grpo"))
+    others = [greedy(stopped, phase, 256) for phase in ("base", "sft", "grpo")]
+    wanted = {"gsm8k_grpo.py": [score(others[0]), score(greedy(alone, "grpo", 256))]}
+    wanted["gsm8k_sft_grpo.py"] = [score(base), f"{score(after)} ({score(sft)} after SFT)"]
     for script, scores in wanted.items():
         assert [cells[-2:] for cells in rows(README) if cells[0] == script] == [scores]
-    steps = [sum("zero_std" in record for record in run) for run in (alone, after_sft)]
-    assert "GSM8K: {} and {} steps".format(*steps) in README
-    spans = []
-    for name in ("18-steps-gpu", "lr1e-5-1"):
-        log = [json.loads(line) for line in open(ROOT / f"tests/real/gsm8k_grpo-{name}.jsonl")]
-        spans.append(" to ".join(f"{record['eval']['reward']:.2f}" for record in log if "eval" in record))
-    assert f"of smaller batches fell: [{', '.join(spans)}]" in README
     real = (ROOT / "tests/real/README.md").read_text()
+    first = [f"{mean(record['right'][:256]):.3f}" for record in (base, sft, after)]
+    for label, record, part in zip(("untrained", "after SFT", "after GRPO"), (base, sft, after), first):
+        assert record["eval"]["reward"] == mean(record["right"])
+        numbers = [f"{record['eval']['reward']:.3f}", part]
+        assert [cells[1:3] for cells in rows(real) if cells[0] == label and len(cells) == 7] == [numbers]
+    for old in (base, sft):
+        won = sum(b > a for a, b in zip(old["right"], after["right"]))
+        lost = sum(b < a for a, b in zip(old["right"], after["right"]))
+        assert f"{won} won, {lost} lost" in real
+    batches = [record["reward"] for record in whole if "zero_std" in record]
+    assert len(batches) == 30
     for name, log in (("float32", "sft-0"), ("bfloat16", "16x8-0")):
         records = [json.loads(line) for line in open(ROOT / f"tests/real/gsm8k_sft_grpo-{log}.jsonl")]
         for label, metric, digits in (
@@ -247,9 +256,13 @@ def test_results_on_the_real_gsm8k():
         ):
             numbers = [f"{record[metric]:.{digits}f}" for record in records if "loss" in record]
             assert [cells[1:] for cells in rows(real) if cells[0] == label] == [numbers] and len(numbers) == 8
-    code = [record["code"] for record in alone if "code" in record]
-    first, last = (f"{100 * mean(part):.0f} %" for part in (code[:3], code[-3:]))
-    assert f"{first} of the answers have some in the first three steps, {last} in the last three" in README
+    assert f"{score(sft)} correct after SFT, {score(after)} after GRPO, {score(base)} untrained" in README
+    first, last = (f"{mean(part):.2f}" for part in (batches[:5], batches[-5:]))
+    assert f"first five batches average {first}, the last five {last}" in README
+    for run in (alone, whole):  # the share of answers with code
+        code = [record["code"] for record in run if "code" in record]
+        first, last = (f"{mean(part):.2f}" for part in (code[:3], code[-3:]))
+        assert f"{first} in the first three steps, {last} in the last three" in real
 
 
 def test_results_of_the_exercises():

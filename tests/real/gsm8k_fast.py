@@ -39,7 +39,7 @@ def parse(arguments=None):
     parser.add_argument("model")
     parser.add_argument("dataset")
     parser.add_argument("--log", default="/dev/null")
-    parser.add_argument("--save", default="", help="folder for the trained model")
+    parser.add_argument("--save", default="", help="folder for the trained model; FOLDER-sft: after SFT")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--sft-steps", type=int, default=0)
     parser.add_argument("--sft-lr", type=float, default=3e-6)
@@ -414,6 +414,7 @@ def main(args):
         record |= {"finished": sum(finished) / len(scores), "tokens": tokens / len(scores)}
         record |= {} if greedy else {"entropy": -sum(logps) / tokens}
         record |= {"seconds": time.time() - start, "phase": phase, "how": "greedy" if greedy else "sampled"}
+        record["right"] = [int(s["reward"]) for s in scores]  # of each problem, to compare two models
         write(record | {"example": {"prompt": prompts[-1], "text": part[3][-1]}})
 
     def evaluations(step, phase):
@@ -447,6 +448,9 @@ def main(args):
         record = {"step": step, "loss": -logp.mean().item(), "grad_norm": update(optimizer, lr)}
         write(record | {"seconds": time.time() - start, "phase": "sft"})
     if args.sft_steps:
+        if args.save:
+            model.save(f"{args.save}-sft")
+            tokenizer.save_pretrained(f"{args.save}-sft")
         evaluations(args.sft_steps, "sft")
 
     reference = None
