@@ -308,7 +308,7 @@ def real_gsm8k():
         axes[place].set_title(title)
         steps = [r for r in run if "zero_std" in r]
         x, entropies = [r["step"] for r in steps], [r["entropy"] for r in steps]
-        axes[below].plot(x, entropies, color=METHOD["GRPO"], lw=3, label="entropy of the batches")
+        axes[below].plot(x, entropies, color=METHOD["GRPO"], lw=3, label="below: entropy of the batches")
         sampled = [r for r in run if r.get("how") == "sampled"]
         dots = {"ls": "", "marker": "o", "color": "black", "mfc": "white"}
         axes[below].plot([r["step"] + ASIDE for r in sampled], [r["entropy"] for r in sampled], **dots)
@@ -316,7 +316,7 @@ def real_gsm8k():
         axes[below].sharex(axes[place])
         coded = [r for r in run if "code" in r]
         x, shares = [r["step"] for r in coded], [r["code"] for r in coded]
-        axes[below].plot(x, shares, color="black", lw=2, ls=":", label="share of answers with Python")
+        axes[below].plot(x, shares, color="black", lw=2, ls=":", label="below: share of answers with Python")
     handles, labels = (sum(both, []) for both in zip(*(axes[x].get_legend_handles_labels() for x in "ad")))
     axes["g"].legend(handles, labels, frameon=False, loc="center right", fontsize=12)
     greedy = [r for r in stopped if r.get("how") == "greedy"]
