@@ -205,7 +205,8 @@ def test_results_in_sentences():
         (run,) = RESULTS["real"][script]
         before, after = run["evaluations"]
         assert (
-            f"and shorter: with each method, from {before['words']:.0f} words to {after['words']:.0f}" in README
+            f"and shorter: with each method, from {before['words']:.0f} words to {after['words']:.0f}"
+            in README
         )
         assert after["ttr"] > before["ttr"]
     last = RESULTS["real"]["minimal_ppo"][0]["reward"][-1]
@@ -258,7 +259,9 @@ def test_results_on_the_real_gsm8k():
             assert [cells[1:] for cells in rows(real) if cells[0] == label] == [numbers] and len(numbers) == 8
     drawn = [r for r in whole if r.get("how") == "sampled"]
     drawn = [score(r) for phase in ("base", "sft", "grpo") for r in drawn if r["phase"] == phase]
-    greedily = f"{score(base)} are right untrained, {score(sft)} after SFT, {score(after)} after GRPO (±0.025)"
+    greedily = (
+        f"{score(base)} are right untrained, {score(sft)} after SFT, {score(after)} after GRPO (±0.025)"
+    )
     assert f"{greedily}; sampled, {drawn[0]}, {drawn[1]} and {drawn[2]}." in README and len(drawn) == 3
     for few in (5, 10):
         first, last = (f"{mean(part):.2f}" for part in (batches[:few], batches[-few:]))
