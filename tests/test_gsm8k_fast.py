@@ -186,7 +186,7 @@ def test_training_is_the_scripts(main, monkeypatch, tmp_path, flags, more):
     assert (copied - moved).norm() < 0.002 * moved.norm()
     if "--sft-steps 0" not in flags:  # the model after SFT is saved too
         sft, last = (tmp_path / f"{name}/model.safetensors" for name in ("fast-sft", "fast"))
-        assert (sft.read_bytes() == last.read_bytes()) == ("--steps 0" in flags)
+        assert sft.is_file() and (sft.read_bytes() == last.read_bytes()) == ("--steps 0" in flags)
 
 
 def test_bfloat16(both, tmp_path):
@@ -232,6 +232,9 @@ def test_a_run(tmp_path, capsys):
         ("grpo", 4),
         *[("grpo", 5)] * 2,
     ]
+    tests = [record for record in records if "eval" in record]
+    assert all(sum(record["right"]) == record["eval"]["reward"] * len(record["right"]) for record in tests)
+    assert any(record["eval"]["lenient"] > record["eval"]["reward"] > 0 for record in tests)
     grpo = [record for record in records if "samples" in record]
     assert len(grpo[0]["samples"]) == 32 and abs(grpo[0]["kl"]) < 1e-6 < grpo[2]["kl"] < 1
     assert 0 < grpo[0]["entropy"] < 2
