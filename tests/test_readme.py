@@ -238,14 +238,21 @@ def test_results_on_the_real_gsm8k():
     for script, scores in wanted.items():
         assert [cells[-2:] for cells in rows(README) if cells[0] == script] == [scores]
     real = (ROOT / "tests/real/README.md").read_text()
-    first = [f"{mean(record['right'][:256]):.3f}" for record in (base, sft, after)]
-    for label, record, part in zip(("untrained", "after SFT", "after GRPO"), (base, sft, after), first):
+    drawn = {r["phase"]: r for r in whole if r.get("how") == "sampled"}
+    for label, record in (("untrained", base), ("after SFT", sft), ("after GRPO", after)):
         assert record["eval"]["reward"] == mean(record["right"])
-        numbers = [f"{record['eval']['reward']:.3f}", part]
-        assert [cells[1:3] for cells in rows(real) if cells[0] == label and len(cells) == 7] == [numbers]
-    for old in (base, sft):
-        won = sum(b > a for a, b in zip(old["right"], after["right"]))
-        lost = sum(b < a for a, b in zip(old["right"], after["right"]))
+        numbers = [f"{mean(part):.3f}" for part in (record["right"], record["right"][:256])]
+        numbers += [f"{record['tokens']:.0f}", f"{record['finished']:.2f}"]
+        at_random = drawn[record["phase"]]
+        numbers += [f"{at_random['eval']['reward']:.3f} of {at_random['eval']['n']}"]
+        numbers += [f"{at_random['entropy']:.2f}"]
+        assert [cells[1:] for cells in rows(real) if cells[0] == label and len(cells) == 7] == [numbers]
+    longer = [json.loads(line) for line in open(ROOT / "tests/real/gsm8k_sft_grpo-600-tokens.jsonl")]
+    scores = " and ".join(f"{record['eval']['reward']:.3f}" for record in longer)
+    assert f"the first 256 problems give {scores}," in real
+    for old, new in ((base, after), (sft, after), (base, sft), (drawn["base"], drawn["grpo"]), longer):
+        won = sum(b > a for a, b in zip(old["right"], new["right"], strict=True))
+        lost = sum(b < a for a, b in zip(old["right"], new["right"], strict=True))
         assert f"{won} won, {lost} lost" in real
     batches = [record["reward"] for record in whole if "zero_std" in record]
     assert len(batches) == 30
@@ -257,12 +264,11 @@ def test_results_on_the_real_gsm8k():
         ):
             numbers = [f"{record[metric]:.{digits}f}" for record in records if "loss" in record]
             assert [cells[1:] for cells in rows(real) if cells[0] == label] == [numbers] and len(numbers) == 8
-    drawn = [r for r in whole if r.get("how") == "sampled"]
-    drawn = [score(r) for phase in ("base", "sft", "grpo") for r in drawn if r["phase"] == phase]
-    greedily = (
-        f"{score(base)} are right untrained, {score(sft)} after SFT, {score(after)} after GRPO (±0.025)"
-    )
-    assert f"{greedily}; sampled, {drawn[0]}, {drawn[1]} and {drawn[2]}." in README and len(drawn) == 3
+    p = after["eval"]["reward"]
+    good_to = f"(±{1.96 * (p * (1 - p) / 1319) ** 0.5:.3f})"
+    greedily = f"{score(base)} are right untrained, {score(sft)} after SFT, {score(after)} after GRPO"
+    sampled = "sampled, {}, {} and {}.".format(*(score(drawn[phase]) for phase in ("base", "sft", "grpo")))
+    assert f"{greedily} {good_to}; {sampled}" in README
     for few in (5, 10):
         first, last = (f"{mean(part):.2f}" for part in (batches[:few], batches[-few:]))
         assert f"{first} in the first {few}, {last} in the last {few}" in real

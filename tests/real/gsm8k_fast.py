@@ -1,4 +1,4 @@
-"""gsm8k_sft_grpo.py with less work for a CPU. Earlier versions of it made the logs whose names have 16x8.
+"""gsm8k_sft_grpo.py with less work for a CPU. It made the logs whose names have 16x8, those of seed 0 in earlier versions.
 
     uv run tests/real/gsm8k_fast.py MODEL DATASET --log LOG.jsonl
 
