@@ -35,7 +35,7 @@ class Args:
     max_new_tokens: int = HfArg(default=48, help="token limit in the evaluation")
     lr: float = HfArg(default=2e-6, help="learning rate: warm-up over five steps, linear decay to 0")
     beta: float = HfArg(default=0.1, help="scale of the margin; a smaller one lets the policy move more")
-    seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
+    seed: int = HfArg(default=0, help="on the same CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines per step and evaluation; overwritten")
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
 
@@ -171,7 +171,7 @@ if __name__ == "__main__":
     args = parser.parse_args(None if "__file__" in globals() else [])  # [] in a notebook
     print(f"--model {args.model} on {DEVICE}, seed {args.seed}", flush=True)
     set_seed(args.seed)
-    # float32, because bf16 would round such small updates away. from_pretrained turns dropout off.
+    # float32: bf16 weights would round such small updates away. from_pretrained turns dropout off.
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there

@@ -11,7 +11,7 @@
     loss = mean over all completion tokens of (-surrogate + beta * kl)
 
 DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), eq. 3 and 4, but with two updates per batch and one
-mean over all tokens, so that each weighs the same in a long answer and in a short one (DAPO, 2503.14476).
+mean over all tokens, so that each weighs the same in a long answer and in a short one (cf. DAPO, 2503.14476).
 """
 
 import collections, copy, json, os, random, time
@@ -41,7 +41,7 @@ class Args:
     update_epochs: int = HfArg(default=2, help="optimizer updates per batch")
     epsilon: float = HfArg(default=0.2, help="clip range of the ratio")
     beta: float = HfArg(default=0.04, help="weight of the KL penalty; 0 drops the reference model")
-    seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
+    seed: int = HfArg(default=0, help="on the same CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines per step and evaluation; overwritten")
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
 
@@ -159,7 +159,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, epsilon, beta):
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     token_loss = -surrogate
-    metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens whose gradient the clip stops
+    metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens whose surrogate has no gradient
     if beta:  # k3 of joschu.net/blog/kl-approx.html. On the policy's own samples its mean is
         # KL(policy || reference), though its gradient is that of KL(reference || policy).
         kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)  # expm1(x) = exp(x) - 1
@@ -174,7 +174,7 @@ if __name__ == "__main__":
     assert args.group_size > 1, "--group-size must be 2 or more: a group's completions are compared"
     print(f"--model {args.model} on {DEVICE}, seed {args.seed}", flush=True)
     set_seed(args.seed)
-    # float32, because bf16 would round such small updates away. from_pretrained turns dropout off.
+    # float32: bf16 weights would round such small updates away. from_pretrained turns dropout off.
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there

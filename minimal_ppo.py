@@ -14,8 +14,8 @@
     critic's loss = mean over all completion tokens of (value - return)^2 / 2
 
 Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347, eq. 7) with GAE (1506.02438, eq. 16)
-and the KL penalty in the reward (InstructGPT, 2203.02155). No entropy bonus, and no minibatches: each
-update sees the whole batch.
+and the KL penalty in the reward (InstructGPT, 2203.02155). No entropy bonus, no value clip and
+no minibatches: each update sees the whole batch, and from the second one on ratios can be clipped.
 """
 
 import collections, copy, json, os, random, time
@@ -47,7 +47,7 @@ class Args:
     gamma: float = HfArg(default=1.0, help="discount per token")
     lam: float = HfArg(default=0.95, help="lambda of GAE: 0 looks one token ahead, 1 to the end")
     critic_lr: float = HfArg(default=1e-5, help="learning rate of the critic; it stays constant")
-    seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
+    seed: int = HfArg(default=0, help="on the same CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines per step and evaluation; overwritten")
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
 
@@ -176,7 +176,7 @@ def ppo_loss(logp, old_logp, advantages, epsilon):
     """Loss of each token, and metrics: all (N, C)."""
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
-    metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens whose gradient the clip stops
+    metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens whose surrogate has no gradient
     return -surrogate, metrics
 
 
@@ -185,7 +185,7 @@ if __name__ == "__main__":
     args = parser.parse_args(None if "__file__" in globals() else [])  # [] in a notebook
     print(f"--model {args.model} on {DEVICE}, seed {args.seed}", flush=True)
     set_seed(args.seed)
-    # float32, because bf16 would round such small updates away. from_pretrained turns dropout off.
+    # float32: bf16 weights would round such small updates away. from_pretrained turns dropout off.
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there

@@ -35,7 +35,7 @@ class Args:
     max_new_tokens: int = HfArg(default=160, help="longer texts are cut off, so leave room to end")
     lr: float = HfArg(default=2e-4, help="learning rate, for SmolLM2; Qwen needs a hundredth of it")
     brevity_penalty_scale: float = HfArg(default=0.3, help="weight of each missing or extra word")
-    seed: int = HfArg(default=0, help="on a CPU, the same seed gives the same numbers")
+    seed: int = HfArg(default=0, help="on the same CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines per step and evaluation; overwritten")
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
 
@@ -161,7 +161,7 @@ if __name__ == "__main__":
     assert args.group_size > 1, "--group-size must be 2 or more: a group's completions are compared"
     print(f"--model {args.model} on {DEVICE}, seed {args.seed}", flush=True)
     set_seed(args.seed)
-    # float32, because bf16 would round such small updates away. from_pretrained turns dropout off.
+    # float32: bf16 weights would round such small updates away. from_pretrained turns dropout off.
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     if DEVICE == "mps":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there

@@ -300,28 +300,29 @@ def real_gsm8k():
     (alone,) = logs(REAL, "gsm8k_grpo-16x8")
     alone = [r for r in stopped if r["phase"] == "base"] + alone  # the same untrained model
     for place, below, title, run in (
-        ("a", "d", "gsm8k_sft_grpo, seed 1", defaults),
-        ("b", "e", "gsm8k_sft_grpo, seed 0", stopped),
-        ("c", "f", "gsm8k_grpo, seed 0", alone),
+        ("a", "d", "gsm8k_sft_grpo, seed 1: defaults", defaults),
+        ("b", "e", "gsm8k_sft_grpo, seed 0: stopped", stopped),
+        ("c", "f", "gsm8k_grpo, seed 0: stopped", alone),
     ):
         gsm8k_accuracy(axes[place], run)
         axes[place].set_title(title)
         steps = [r for r in run if "zero_std" in r]
         x, entropies = [r["step"] for r in steps], [r["entropy"] for r in steps]
-        axes[below].plot(x, entropies, color=METHOD["GRPO"], lw=3, label="below: entropy of the batches")
+        axes[below].plot(x, entropies, color=METHOD["GRPO"], lw=3, label="entropy, training batches")
         sampled = [r for r in run if r.get("how") == "sampled"]
         dots = {"ls": "", "marker": "o", "color": "black", "mfc": "white"}
-        axes[below].plot([r["step"] + ASIDE for r in sampled], [r["entropy"] for r in sampled], **dots)
+        x, entropies = [r["step"] + ASIDE for r in sampled], [r["entropy"] for r in sampled]
+        axes[below].plot(x, entropies, **dots, label="entropy, test problems")
         axes[below].set(xlabel="step", ylabel="entropy, share", ylim=(0, 0.8))
         axes[below].sharex(axes[place])
         coded = [r for r in run if "code" in r]
         x, shares = [r["step"] for r in coded], [r["code"] for r in coded]
-        axes[below].plot(x, shares, color="black", lw=2, ls=":", label="below: share of answers with Python")
-    handles, labels = (sum(both, []) for both in zip(*(axes[x].get_legend_handles_labels() for x in "ad")))
-    axes["g"].legend(handles, labels, frameon=False, loc="center right", fontsize=12)
+        axes[below].plot(x, shares, color="black", lw=2, ls=":", label="share of answers with Python")
+    axes["c"].legend(frameon=False, loc="lower right", fontsize=12)  # the right run is the shortest
+    axes["f"].legend(frameon=False, loc="upper right", fontsize=12)
     greedy = [r for r in stopped if r.get("how") == "greedy"]
     shown = [("untrained", greedy[0]), ("after SFT", greedy[1]), ("after SFT and GRPO", greedy[-1])]
-    lines = [f"“{greedy[0]['example']['prompt']}” (The answer is 15.)"]  # (22 + 8) / 2
+    lines = [f"“{greedy[0]['example']['prompt']}” (Seed 0. The answer is 15.)"]  # (22 + 8) / 2
     for when, record in shown:
         text = " ".join(record["example"]["text"].split())
         start, last = textwrap.wrap(text, 48)[0], text[-60:].partition(" ")[2]
@@ -344,17 +345,19 @@ def gsm8k_accuracy(axes, run):
     axes.plot(x, rewards, color=METHOD["GRPO"], lw=1, alpha=0.6, label="training batches (16 x 8), sampled")
     means = [sum(rewards[i - 4 : i + 1]) / 5 for i in range(4, len(rewards))]
     axes.plot(x[4:], means, color=METHOD["GRPO"], lw=3, label="mean of the last five batches")
-    for how, face, aside, label_at in (("greedy", "black", 0, "right"), ("sampled", "white", ASIDE, "left")):
+    for how, face, aside in (("greedy", "black", 0), ("sampled", "white", ASIDE)):
         records = [r for r in run if r.get("how") == how]
         for record in records:
             p, n = record["eval"]["reward"], record["eval"]["n"]
             label = f"test problems, {how}" if record is records[0] else None
             bar = {"fmt": "o", "capsize": 4, "color": "black", "mfc": face, "label": label}
-            axes.errorbar(record["step"] + aside, p, 1.96 * (p * (1 - p) / n) ** 0.5, **bar)
-            box = {"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1}
-            at = {"xytext": (-7 if label_at == "right" else 7, 0), "textcoords": "offset points"}
-            axes.annotate(f"{p:.2f}", (record["step"] + aside, p), ha=label_at, va="center", bbox=box, **at)
-    axes.set(ylabel="correct", ylim=(0, 0.52), xlim=(-4, run[-1]["step"] + 4))
+            half = 1.96 * (p * (1 - p) / n) ** 0.5
+            axes.errorbar(record["step"] + aside, p, half, **bar)
+            if how == "greedy":  # its number above the bar, the sampled one's to the right
+                axes.text(record["step"], p + half + 0.01, f"{p:.2f}", ha="center", va="bottom")
+            else:
+                axes.text(record["step"] + aside + 1, p, f"{p:.2f}", ha="left", va="center")
+    axes.set(ylabel="correct", ylim=(0, 0.52), xlim=(-3, 44))
 
 
 if __name__ == "__main__":

@@ -48,11 +48,6 @@ LEXICAL_REWARD = '"reward": reward,'
 EXERCISES = {
     "one_update": ("minimal_grpo", "--update-epochs 1", []),
     "tags_only": ("minimal_grpo", "", [(SCORE, '{"reward": float(one_pair), ' + RIGHT)]),
-    "no_baseline": (
-        "minimal_grpo",
-        "",
-        [("    return advantages.view(-1, 1)\n", "    return rewards.view(-1, 1)\n")],
-    ),
     "no_critic": ("minimal_ppo", "--critic-lr 0", []),
     "shifted_none": (
         "reinforce",
@@ -65,10 +60,10 @@ EXERCISES = {
         [(LEXICAL_REWARD, '"reward": reward - 1,')],
     ),
 }
-REAL = {  # the model's place among the arguments, flags; fewer completions than by default, for time's sake
+REAL = {  # the model's place among the arguments, flags; PPO with fewer completions than by default, for time's sake
     "minimal_sft": (0, ""),
     "minimal_dpo": (0, ""),
-    "minimal_grpo": (0, "--batch-size 4 --group-size 6"),
+    "minimal_grpo": (0, ""),
     "minimal_ppo": (0, "--batch-size 24"),
     "reinforce": (1, ""),
     "rloo": (1, ""),

@@ -205,13 +205,13 @@ def test_results_in_sentences():
         (run,) = RESULTS["real"][script]
         before, after = run["evaluations"]
         assert (
-            f"and shorter: with each method, from {before['words']:.0f} words to {after['words']:.0f}"
+            f"and are shorter: with each method, from {before['words']:.0f} words to {after['words']:.0f}"
             in README
         )
         assert after["ttr"] > before["ttr"]
     last = RESULTS["real"]["minimal_ppo"][0]["reward"][-1]
     right = round(100 * RESULTS["real"]["minimal_ppo"][0]["evaluations"][-1]["reward"])
-    assert f"(PPO's last: {last:.2f}; after it, {right} of 100)" in README
+    assert f"PPO, whose last is {last:.2f}; after it, {right} of 100)" in README
     before, after = span(evaluations("yours", "reward", 0)), evaluations("yours", "reward")
     assert f"{before} at first, ends at {', '.join(f'{x:.2f}' for x in after)}" in README
 
@@ -265,10 +265,20 @@ def test_results_on_the_real_gsm8k():
             numbers = [f"{record[metric]:.{digits}f}" for record in records if "loss" in record]
             assert [cells[1:] for cells in rows(real) if cells[0] == label] == [numbers] and len(numbers) == 8
     p = after["eval"]["reward"]
-    good_to = f"(±{1.96 * (p * (1 - p) / 1319) ** 0.5:.3f})"
+    gains = [b - a for a, b in zip(base["right"], after["right"])]
+    error = (mean([(gain - mean(gains)) ** 2 for gain in gains]) / 1319) ** 0.5
+    above = f"{mean(gains):.3f} ± {1.96 * error:.3f} above untrained"
+    good_to = f"(each ±{1.96 * (p * (1 - p) / 1319) ** 0.5:.3f}; problem by problem, {above})"
     greedily = f"{score(base)} are right untrained, {score(sft)} after SFT, {score(after)} after GRPO"
     sampled = "sampled, {}, {} and {}.".format(*(score(drawn[phase]) for phase in ("base", "sft", "grpo")))
     assert f"{greedily} {good_to}; {sampled}" in README
+    assert f"({', '.join(score(other) for other in others)} of 256)" in README
+    assert f"({score(others[0])}, {score(greedy(alone, 'grpo', 256))})" in README
+    peaks = []  # each run's rates, added up
+    for run, planned in ((stopped, 60), (whole, 30)):
+        done = len([record for record in run if "zero_std" in record])
+        peaks.append(sum(min((step + 1) / 5, 1 - step / planned) for step in range(done)))
+    assert "their rates add up to {:.1f} and {:.1f} times the peak".format(*peaks) in real
     for few in (5, 10):
         first, last = (f"{mean(part):.2f}" for part in (batches[:few], batches[-few:]))
         assert f"{first} in the first {few}, {last} in the last {few}" in real
