@@ -76,7 +76,7 @@ def test_one_graph_at_a_time(main, monkeypatch, script):
 
 
 def test_gradient_checkpointing(main, updates, monkeypatch, tmp_path):
-    """The README's recipe: the same numbers with fewer activations kept, and samples that still see the whole context."""
+    """The recipe of tests/README: the same numbers with fewer activations kept, and samples that still see the whole context."""
     source = (ROOT / "minimal_grpo.py").read_text()
     for old, new in (
         ("    history = []\n", "    history = []\n    model.gradient_checkpointing_enable()\n"),
