@@ -91,7 +91,6 @@ def jobs():
         for seed in range(3):
             yield script, seed, script, "", []
     for seed in range(3):
-        yield "gamed", seed, "reinforce", "--brevity-penalty-scale 0 --steps 100", []
         yield "yours", seed, "minimal_grpo", "", YOURS
         for name, (script, flags, changes) in EXERCISES.items():
             yield f"exercise-{name}", seed, script, flags, changes
