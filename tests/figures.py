@@ -268,7 +268,7 @@ def real_sums():
     for method in ("GRPO", "PPO"):
         runs = real_steps(f"minimal_{method.lower()}", "reward")
         thin_and_thick(axes["a"], runs, METHOD[method], method)
-    axes["a"].set(ylabel="correct in the batch", xlabel="step", ylim=(0, 1.03))
+    axes["a"].set(ylabel="rewarded in the batch", xlabel="step", ylim=(0, 1.03))
     axes["a"].legend(frameon=False, loc="lower right")
     before_and_after(axes["c"], ["minimal_grpo"])
     figure.savefig(FIGURES / "real_sums.png")
