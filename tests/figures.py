@@ -294,39 +294,35 @@ ASIDE = 0.4  # how many steps a sampled evaluation is drawn beside the greedy on
 
 def real_gsm8k():
     """GSM8K on real weights, GRPO after SFT (two seeds) and alone: accuracy and entropy by step, one test problem."""
-    mosaic = {"height_ratios": (4, 2, 1.1), "figsize": (16, 8), "layout": "constrained"}
+    mosaic = {"height_ratios": (4, 1.7, 1.1), "figsize": (16, 8), "layout": "constrained"}
     figure, axes = plt.subplot_mosaic("abc;def;ggg", **mosaic)
     stopped, defaults = logs(REAL, "gsm8k_sft_grpo-16x8")
     (alone,) = logs(REAL, "gsm8k_grpo-16x8")
     alone = [r for r in stopped if r["phase"] == "base"] + alone  # the same untrained model
     for place, below, title, run in (
-        ("a", "d", "gsm8k_sft_grpo, seed 1: defaults", defaults),
-        ("b", "e", "gsm8k_sft_grpo, seed 0: stopped", stopped),
-        ("c", "f", "gsm8k_grpo, seed 0: stopped", alone),
+        ("a", "d", "gsm8k_sft_grpo, seed 1: all 38 steps", defaults),
+        ("b", "e", "gsm8k_sft_grpo, seed 0: 34 of 68 steps", stopped),
+        ("c", "f", "gsm8k_grpo, seed 0: 20 of 28 steps", alone),
     ):
         gsm8k_accuracy(axes[place], run)
         axes[place].set_title(title)
         steps = [r for r in run if "zero_std" in r]
         x, entropies = [r["step"] for r in steps], [r["entropy"] for r in steps]
-        axes[below].plot(x, entropies, color=METHOD["GRPO"], lw=3, label="entropy, training batches")
+        axes[below].plot(x, entropies, color=METHOD["GRPO"], lw=3, label="training batches")
         sampled = [r for r in run if r.get("how") == "sampled"]
         dots = {"ls": "", "marker": "o", "color": "black", "mfc": "white"}
         x, entropies = [r["step"] + ASIDE for r in sampled], [r["entropy"] for r in sampled]
-        axes[below].plot(x, entropies, **dots, label="entropy, test problems")
-        axes[below].set(xlabel="step", ylabel="entropy, share", ylim=(0, 0.8))
+        axes[below].plot(x, entropies, **dots, label="test problems")
+        axes[below].set(xlabel="step", ylabel="entropy", ylim=(0, 0.8))
         axes[below].sharex(axes[place])
-        coded = [r for r in run if "code" in r]
-        x, shares = [r["step"] for r in coded], [r["code"] for r in coded]
-        axes[below].plot(x, shares, color="black", lw=2, ls=":", label="share of answers with Python")
     axes["c"].legend(frameon=False, loc="lower right", fontsize=12)  # the right run is the shortest
     axes["f"].legend(frameon=False, loc="upper right", fontsize=12)
-    greedy = [r for r in stopped if r.get("how") == "greedy"]
-    shown = [("untrained", greedy[0]), ("after SFT", greedy[1]), ("after SFT and GRPO", greedy[-1])]
-    lines = [f"“{greedy[0]['example']['prompt']}” (Seed 0. The answer is 15.)"]  # (22 + 8) / 2
-    for when, record in shown:
-        text = " ".join(record["example"]["text"].split())
-        start, last = textwrap.wrap(text, 48)[0], text[-60:].partition(" ")[2]
-        lines.append(f"{when}: {start} ... {last}")
+    untrained, tuned, trained = [r for r in defaults if r.get("how") == "greedy"]
+    question = untrained["example"]["prompt"]  # the last test problem, which an evaluation prints
+    lines = textwrap.wrap(f"Test problem: {question} (14 is right.)", 190)  # 7 * 8 / 4
+    for when, record in (("untrained", untrained), ("after SFT", tuned), ("after GRPO", trained)):
+        end = " ".join(record["example"]["text"].split())[-150:]
+        lines.append(f"{when}: ... {end.partition(' ')[2]}")
     axes["g"].axis("off")
     style = {"va": "top", "fontsize": 11, "linespacing": 1.35, "parse_math": False}
     text = axes["g"].text(0, 1, "\n".join(lines), transform=axes["g"].transAxes, **style)
