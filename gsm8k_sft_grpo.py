@@ -11,10 +11,10 @@
     kl = exp(ref_logp - logp) - (ref_logp - logp) - 1
     loss = mean over all completion tokens of (-surrogate + beta * kl)
 
-DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), eq. 3 and 4, but with one mean over all tokens, so
-that each weighs the same in a long answer and in a short one (cf. DAPO, 2503.14476). By default beta is 0, so
-there is no reference, and a batch has one update: each ratio is then 1, never clipped, and the gradient of
-the loss is that of -advantage * logp.
+DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), eq. 3 and 4, but with one mean over all tokens: a token
+weighs the same in a long answer and in a short one (cf. DAPO, 2503.14476). At the defaults beta is 0, so
+there is no reference, and a batch has one update, so each ratio is 1, nothing is clipped, and the gradient
+of the loss is that of -advantage * logp.
 The task is GSM8K, grade-school word problems (Cobbe et al. 2021, 2110.14168). With a beta, the reference
 is the model after SFT; a KL penalty against the initial one would undo SFT.
 """
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import dotenv, torch
 
-dotenv.load_dotenv()  # a file .env may set HF_TOKEN and HF_HOME, before transformers reads them
+dotenv.load_dotenv()  # .env, here or in a folder above, may set HF_TOKEN and HF_HOME for the imports below
 import datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
@@ -48,7 +48,7 @@ class Args:
     group_size: int = HfArg(default=8, help="completions per prompt")
     micro_batch_size: int = HfArg(default=2, help="rows per backward pass; changes memory and speed only")
     max_new_tokens: int = HfArg(default=400, help="longer completions are cut off")
-    lr: float = HfArg(default=3e-6, help="learning rate: warm-up over five steps, linear decay to 0")
+    lr: float = HfArg(default=3e-6, help="learning rate: the lower of warm-up (five steps) and linear decay")
     update_epochs: int = HfArg(default=1, help="optimizer updates per batch")
     epsilon: float = HfArg(default=0.2, help="clip range of the ratio")
     beta: float = HfArg(default=0.0, help="weight of the KL penalty; 0 drops the reference model")
@@ -60,7 +60,7 @@ class Args:
 
 
 # The task. For another one, change this block; load_gsm8k is called for TRAIN and TEST below.
-# score returns "reward" and, beside it, any numbers to report, but none named like a metric (tokens, kl).
+# score returns "reward" and may add numbers to report; names of the log (n, step, tokens, text) are taken.
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 
 
@@ -99,7 +99,7 @@ def last_box(text):
 
 def score(text, answer):
     r"""reward: 1 if the last \boxed{} has only the right number. lenient: 1 if the last number is right."""
-    gold = numbers(answer)[-1]  # answer is a whole solution
+    (gold,) = numbers(last_box(answer) or answer)  # answer is a whole solution, or just a number
     strict = numbers(last_box(text)) == [gold]
     lenient = numbers(text)[-1:] == [gold]
     return {"reward": float(strict), "lenient": float(lenient)}
@@ -140,7 +140,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
 
     ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
     each completion token, the end of turn included. finished (N,): False if the completion was cut
-    off at max_new_tokens; it is scored and trained like any other.
+    off at max_new_tokens; it is used like any other.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
@@ -151,8 +151,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # Passed by position, as newer versions call the cache by another name. No position ids (None):
-        # rotary attention reads only distances, and left padding keeps those.
+        # By position, as newer versions call the cache by another name. None: no position ids are
+        # needed, as rotary attention reads only distances, which left padding keeps.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
@@ -216,8 +216,9 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, epsilon, beta):
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     token_loss = -surrogate
-    metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens whose surrogate has no gradient
-    if beta:  # k3 of joschu.net/blog/kl-approx.html. On the policy's own samples its mean is
+    metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens held back by the clip
+    if beta:
+        # k3 of joschu.net/blog/kl-approx.html: on the policy's own samples its mean is
         # KL(policy || reference), though its gradient is that of KL(reference || policy).
         kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)  # expm1(x) = exp(x) - 1
         token_loss = token_loss + beta * kl
@@ -237,6 +238,7 @@ if __name__ == "__main__":
         model.set_attn_implementation("eager")  # sdpa can return nan for left-padded rows there
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)  # any will do: the masks hide it
+    print(f"--dataset {args.dataset}", flush=True)
     TRAIN = load_gsm8k(args.dataset, "train")
     TEST = load_gsm8k(args.dataset, "test")[: max(0, args.eval_size)]
     if args.save:  # now, so that a bad path fails before training
@@ -316,8 +318,8 @@ if __name__ == "__main__":
             # 5. report
             metrics["grad_norm"] = grad_norm.item()  # before clipping
             metrics["entropy"] = -(old_logp.sum() / mask.sum()).item()  # per token, an estimate
-            groups = rewards.view(-1, args.group_size)  # zero_std: the share whose rewards are all equal
-            metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
+            groups = rewards.view(-1, args.group_size)
+            metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()  # equal rewards
             metrics["tokens"] = mask.sum(1).mean().item()
             metrics["finished"] = finished.float().mean().item()
             metrics["seconds"] = time.time() - start

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import dotenv, torch
 
-dotenv.load_dotenv()  # a file .env may set HF_TOKEN and HF_HOME, before transformers reads them
+dotenv.load_dotenv()  # .env, here or in a folder above, may set HF_TOKEN and HF_HOME for the imports below
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -33,7 +33,7 @@ class Args:
     steps: int = HfArg(default=30, help="training steps, one batch each")
     batch_size: int = HfArg(default=8, help="pairs per step")
     max_new_tokens: int = HfArg(default=48, help="token limit in the evaluation")
-    lr: float = HfArg(default=2e-6, help="learning rate: warm-up over five steps, linear decay to 0")
+    lr: float = HfArg(default=2e-6, help="learning rate: the lower of warm-up (five steps) and linear decay")
     beta: float = HfArg(default=0.1, help="scale of the margin; a smaller one lets the policy move more")
     seed: int = HfArg(default=0, help="on the same CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines per step and evaluation; overwritten")
@@ -41,8 +41,8 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-# score returns "reward" and, beside it, any numbers to report, but none named like a metric (tokens, kl).
-SYSTEM = "Work out the sum. Give the result in XML tags."  # it learns <answer>; <result> is common at first
+# score returns "reward" and may add other numbers to report; the name n is taken.
+SYSTEM = "Work out the sum. Give the result in XML tags."  # names no tag; the model learns <answer>
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
 
@@ -94,7 +94,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
 
     ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
     each completion token, the end of turn included. finished (N,): False if the completion was cut
-    off at max_new_tokens; it is scored and trained like any other.
+    off at max_new_tokens; it is used like any other.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
@@ -105,8 +105,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # Passed by position, as newer versions call the cache by another name. No position ids (None):
-        # rotary attention reads only distances, and left padding keeps those.
+        # By position, as newer versions call the cache by another name. None: no position ids are
+        # needed, as rotary attention reads only distances, which left padding keeps.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
@@ -192,7 +192,7 @@ if __name__ == "__main__":
             # Completions are given, so there is no 1. sample, 2. reward or 3. advantage.
             examples = random.choices(TRAIN, k=args.batch_size)
             prompts, answers = zip(*examples)
-            pairs = [preference_pair(*example) for example in examples]
+            pairs = [preference_pair(prompt, answer) for prompt, answer in zip(prompts, answers)]
             completions = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
             ids, attn, mask = encode_completions(tokenizer, prompts + prompts, completions)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import dotenv, torch
 
-dotenv.load_dotenv()  # a file .env may set HF_TOKEN and HF_HOME, before transformers reads them
+dotenv.load_dotenv()  # .env, here or in a folder above, may set HF_TOKEN and HF_HOME for the imports below
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -37,7 +37,7 @@ class Args:
     group_size: int = HfArg(default=8, help="completions per prompt")
     micro_batch_size: int = HfArg(default=8, help="rows per backward pass; changes memory and speed only")
     max_new_tokens: int = HfArg(default=48, help="longer completions are cut off")
-    lr: float = HfArg(default=1e-6, help="learning rate: warm-up over five steps, linear decay to 0")
+    lr: float = HfArg(default=1e-6, help="learning rate: the lower of warm-up (five steps) and linear decay")
     update_epochs: int = HfArg(default=2, help="optimizer updates per batch")
     epsilon: float = HfArg(default=0.2, help="clip range of the ratio")
     beta: float = HfArg(default=0.04, help="weight of the KL penalty; 0 drops the reference model")
@@ -47,8 +47,8 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-# score returns "reward" and, beside it, any numbers to report, but none named like a metric (tokens, kl).
-SYSTEM = "Work out the sum. Give the result in XML tags."  # it learns <answer>; <result> is common at first
+# score returns "reward" and may add numbers to report; names of the log (n, step, tokens, text) are taken.
+SYSTEM = "Work out the sum. Give the result in XML tags."  # names no tag; the model learns <answer>
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
 
@@ -83,7 +83,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
 
     ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
     each completion token, the end of turn included. finished (N,): False if the completion was cut
-    off at max_new_tokens; it is scored and trained like any other.
+    off at max_new_tokens; it is used like any other.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
@@ -94,8 +94,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # Passed by position, as newer versions call the cache by another name. No position ids (None):
-        # rotary attention reads only distances, and left padding keeps those.
+        # By position, as newer versions call the cache by another name. None: no position ids are
+        # needed, as rotary attention reads only distances, which left padding keeps.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
@@ -159,8 +159,9 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, epsilon, beta):
     ratio = torch.exp(logp - old_logp)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     token_loss = -surrogate
-    metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens whose surrogate has no gradient
-    if beta:  # k3 of joschu.net/blog/kl-approx.html. On the policy's own samples its mean is
+    metrics = {"clip_frac": surrogate < ratio * advantages}  # tokens held back by the clip
+    if beta:
+        # k3 of joschu.net/blog/kl-approx.html: on the policy's own samples its mean is
         # KL(policy || reference), though its gradient is that of KL(reference || policy).
         kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)  # expm1(x) = exp(x) - 1
         token_loss = token_loss + beta * kl
@@ -232,8 +233,8 @@ if __name__ == "__main__":
             # 5. report
             metrics["grad_norm"] = grad_norm.item()  # before clipping
             metrics["entropy"] = -(old_logp.sum() / mask.sum()).item()  # per token, an estimate
-            groups = rewards.view(-1, args.group_size)  # zero_std: the share whose rewards are all equal
-            metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
+            groups = rewards.view(-1, args.group_size)
+            metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()  # equal rewards
             metrics["tokens"] = mask.sum(1).mean().item()
             metrics["finished"] = finished.float().mean().item()
             metrics["seconds"] = time.time() - start

@@ -9,8 +9,8 @@
 
 Williams 1992 (Machine Learning 8). The baselines, chosen with --baseline:
 - none: 0, so every completion with a positive reward is reinforced, better ones more strongly.
-- mean: the mean reward of the batch. It contains the completion's own, which scales the expected gradient
-  by 1 - 1 / batch size.
+- mean: the mean reward of the batch, including this completion's; that scales the expected gradient by
+  1 - 1 / batch size.
 - ema: a moving average of the mean rewards of earlier batches. It starts at the first one's.
 - scst: the reward of the policy's own greedy completion (Rennie et al. 2016, arXiv 1612.00563).
 """
@@ -21,7 +21,7 @@ from typing import Literal
 
 import dotenv, torch
 
-dotenv.load_dotenv()  # a file .env may set HF_TOKEN and HF_HOME, before transformers reads them
+dotenv.load_dotenv()  # .env, here or in a folder above, may set HF_TOKEN and HF_HOME for the imports below
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -48,7 +48,7 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-# score returns "reward" and, beside it, any numbers to report, but none named like a metric (tokens, kl).
+# score returns "reward" and may add numbers to report; names of the log (n, step, tokens, text) are taken.
 SYSTEM = "You write short texts in plain English."
 TOPICS = "winter, music, rivers, the moon, chess, silence, summer, bread, coffee, trains, forests, clocks, "
 TOPICS += "mountains, gardens, dogs, cats, birds, bees, books, letters, football, cooking, school, rain"
@@ -58,7 +58,7 @@ TEST = [(prompt, 40) for prompt in PROMPTS[:6]] * 4  # four texts each, because 
 
 
 def score(text, answer):
-    """ttr: distinct words / words, of the first 40 words. reward: that, with a penalty for the length."""
+    """ttr: distinct words / words, of the first `answer` words. reward: ttr, less for a wrong length."""
     words = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())  # "don't" is one word
     first = words[:answer]
     penalty = args.brevity_penalty_scale * abs(len(words) - answer)  # after PATTR (2507.15092)
@@ -91,7 +91,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
 
     ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
     each completion token, the end of turn included. finished (N,): False if the completion was cut
-    off at max_new_tokens; it is scored and trained like any other.
+    off at max_new_tokens; it is used like any other.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
@@ -102,8 +102,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # Passed by position, as newer versions call the cache by another name. No position ids (None):
-        # rotary attention reads only distances, and left padding keeps those.
+        # By position, as newer versions call the cache by another name. None: no position ids are
+        # needed, as rotary attention reads only distances, which left padding keeps.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
@@ -158,6 +158,7 @@ def evaluate(model, tokenizer, args, log, step, greedy=False, **labels):
 if __name__ == "__main__":
     parser = HfArgumentParser(Args, allow_abbrev=False)
     args = parser.parse_args(None if "__file__" in globals() else [])  # [] in a notebook
+    assert args.baseline != "mean" or args.batch_size > 1, "--batch-size 1: the mean is the reward itself"
     print(f"--model {args.model} on {DEVICE}, seed {args.seed}", flush=True)
     set_seed(args.seed)
     # float32: bf16 weights would round such small updates away. from_pretrained turns dropout off.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import dotenv, torch
 
-dotenv.load_dotenv()  # a file .env may set HF_TOKEN and HF_HOME, before transformers reads them
+dotenv.load_dotenv()  # .env, here or in a folder above, may set HF_TOKEN and HF_HOME for the imports below
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -41,7 +41,7 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-# score returns "reward" and, beside it, any numbers to report, but none named like a metric (tokens, kl).
+# score returns "reward" and may add numbers to report; names of the log (n, step, tokens, text) are taken.
 SYSTEM = "You write short texts in plain English."
 TOPICS = "winter, music, rivers, the moon, chess, silence, summer, bread, coffee, trains, forests, clocks, "
 TOPICS += "mountains, gardens, dogs, cats, birds, bees, books, letters, football, cooking, school, rain"
@@ -51,7 +51,7 @@ TEST = [(prompt, 40) for prompt in PROMPTS[:6]] * 4  # four texts each, because 
 
 
 def score(text, answer):
-    """ttr: distinct words / words, of the first 40 words. reward: that, with a penalty for the length."""
+    """ttr: distinct words / words, of the first `answer` words. reward: ttr, less for a wrong length."""
     words = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())  # "don't" is one word
     first = words[:answer]
     penalty = args.brevity_penalty_scale * abs(len(words) - answer)  # after PATTR (2507.15092)
@@ -84,7 +84,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
 
     ids and attn (N, P+C): prompts padded on the left, completions on the right. mask (N, C): 1 on
     each completion token, the end of turn included. finished (N,): False if the completion was cut
-    off at max_new_tokens; it is scored and trained like any other.
+    off at max_new_tokens; it is used like any other.
     """
     ids, attn = encode_prompts(tokenizer, prompts)
     P = ids.shape[1]
@@ -95,8 +95,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # Passed by position, as newer versions call the cache by another name. No position ids (None):
-        # rotary attention reads only distances, and left padding keeps those.
+        # By position, as newer versions call the cache by another name. None: no position ids are
+        # needed, as rotary attention reads only distances, which left padding keeps.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
@@ -206,8 +206,8 @@ if __name__ == "__main__":
 
             # 5. report
             metrics["grad_norm"] = grad_norm.item()  # before clipping
-            groups = rewards.view(-1, args.group_size)  # zero_std: the share whose rewards are all equal
-            metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
+            groups = rewards.view(-1, args.group_size)
+            metrics["zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean().item()  # equal rewards
             metrics["tokens"] = mask.sum(1).mean().item()
             metrics["finished"] = finished.float().mean().item()
             metrics["seconds"] = time.time() - start
