@@ -244,6 +244,13 @@ def test_a_group_of_one(main, script):
         main(f"{script}.py --model /nowhere --group-size 1")
 
 
+def test_the_mean_of_a_batch_of_one(main):
+    """It is the reward itself, so all advantages would be 0. Other baselines can do with one completion."""
+    with pytest.raises(AssertionError, match="--batch-size"):
+        main("reinforce.py --model /nowhere --batch-size 1")
+    assert main("reinforce.py --steps 1 --batch-size 1 --baseline none --max-new-tokens 8")["grad_norm"] > 0
+
+
 @each
 def test_values_that_make_sense_are_not_refused(main, script):
     """No range is guessed: a beta or a penalty above 1 is a choice."""

@@ -149,10 +149,18 @@ def test_other_answers(answer, right, wrong):
         assert score(rf"\boxed{{{content}}}", rf"\boxed{{{answer}}}")["reward"] == (content in right), content
 
 
-def test_a_solution_without_a_number_is_an_error():
-    """Or a completion without a number would match it."""
-    with pytest.raises(IndexError):
-        score(r"\boxed{none}", "no number at all")
+@pytest.mark.parametrize(
+    "answer", ["none", "yes, as 3 + 4 = 7 \\boxed{yes}", r"\boxed{3/4}", "3/4"]
+)
+def test_an_answer_that_is_not_one_number_is_an_error(answer):
+    """Or a wrong completion would match a part of it, and one without a number the lack of one."""
+    with pytest.raises(ValueError):
+        score(r"\boxed{none}", answer)
+
+
+def test_an_answer_may_be_just_the_number():
+    assert score(r"\boxed{1234}", "1,234") == {"reward": 1, "lenient": 1}
+    assert score(r"\boxed{7}", r"3 + 4 = 7. The answer is \boxed{7}.") == {"reward": 1, "lenient": 1}
 
 
 def test_solutions_end_in_a_box(tmp_path):
