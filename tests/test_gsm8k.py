@@ -149,9 +149,7 @@ def test_other_answers(answer, right, wrong):
         assert score(rf"\boxed{{{content}}}", rf"\boxed{{{answer}}}")["reward"] == (content in right), content
 
 
-@pytest.mark.parametrize(
-    "answer", ["none", "yes, as 3 + 4 = 7 \\boxed{yes}", r"\boxed{3/4}", "3/4"]
-)
+@pytest.mark.parametrize("answer", ["none", "yes, as 3 + 4 = 7 \\boxed{yes}", r"\boxed{3/4}", "3/4"])
 def test_an_answer_that_is_not_one_number_is_an_error(answer):
     """Or a wrong completion would match a part of it, and one without a number the lack of one."""
     with pytest.raises(ValueError):
