@@ -40,15 +40,15 @@ was measured. The patched file is complete: docstring, formula, flags and help a
 `on_policy_distillation` needs a teacher first: `uv run minimal_sft.py --save teacher`. The description of `torchrun` says how to start it.
 
 Before and after: accuracy (`actor_critic`: type-token ratio of the first 40 words; `gymnasium_ppo`: mean return of 20 greedy episodes; `tic_tac_toe`: share of 200 games *lost*), sampled
-at temperature 1 (variants of the GSM8K scripts, and `tic_tac_toe`: greedy), on the bundled models with default flags, seeds 0 to 2. Seconds are those of the whole process, with one thread each and two processes at a time (`gymnasium_ppo` and
-`tic_tac_toe`: up to three).
+at temperature 1 (variants of the GSM8K scripts, and `tic_tac_toe`: greedy), on the bundled models with default flags, seeds 0 to 2; before: seed 0 (`torchrun`: two processes, so twice the base's batch). Seconds are those of the whole process, with one thread each and two processes at a time (`gymnasium_ppo` and
+`tic_tac_toe`: up to three; `torchrun`: four).
 `uv run --with gymnasium tests/make_variants.py` measures all of it and writes this page.
 
 ## What you may want
 
 - **Another loss or advantage for GRPO**: [dr_grpo](#dr_grpo) without its biases, [dapo](#dapo) with four repairs, [maxrl](#maxrl) for prompts that are rarely
   solved, [reinforce_plus_plus](#reinforce_plus_plus) normalized over the batch, [gspo](#gspo) with one ratio per completion, [cispo](#cispo) and [sapo](#sapo) with softer clips.
-- **Something simpler than GRPO**: [raft](#raft) imitates what was right, [plain](#plain) is what is left when everything goes that GSM8K can do without.
+- **Something simpler than GRPO**: [raft](#raft) imitates what was right, [plain](#plain) is what is left when everything goes that the bundled GSM8K problems can do without.
 - **A learned baseline without PPO**: [actor_critic](#actor_critic).
 - **Another loss for pairs**: [ipo](#ipo), [simpo](#simpo) without a reference; [online_dpo](#online_dpo) makes the pairs itself.
 - **No reward at hand**: [reward_model](#reward_model) learns one from comparisons, [on_policy_distillation](#on_policy_distillation) takes a teacher.
@@ -58,7 +58,7 @@ at temperature 1 (variants of the GSM8K scripts, and `tic_tac_toe`: greedy), on 
 - **A tool or a game**: [calculator](#calculator); [gymnasium_ppo](#gymnasium_ppo), CartPole and its like played in text; [tic_tac_toe](#tic_tac_toe) against itself.
 
 These numbers show that the code learns; they do not rank the methods. With one update per batch all ratios are 1, with two most are near 1, and
-there most of the policy-gradient losses agree up to a constant factor, so their curves look alike.
+there the policy-gradient losses differ mainly in how they weigh groups and lengths, so their curves look alike.
 
 ## Where they differ: eight updates per batch
 

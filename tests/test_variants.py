@@ -682,7 +682,7 @@ def test_plain(main, tiny, updates, tmp_path):
 
 
 def test_ipo_is_squared(main, tmp_path):
-    """By hand from the summed log-probs of a last step that did not move, against a reference that did."""
+    """By hand from the summed log-probs of a last step, against a reference that stayed where the policy began."""
     g = main(f"{patched('ipo', tmp_path)} --steps 2 --lr 1e-5 --batch-size 4 --beta 0.2")
     gaps = (g["chosen"] - g["ref_chosen"]) - (g["rejected"] - g["ref_rejected"])
     assert g["loss"].item() == pytest.approx(sum((x - 2.5) ** 2 for x in gaps.tolist()) / 4, rel=1e-5)
