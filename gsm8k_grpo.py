@@ -56,7 +56,7 @@ class Args:
 
 
 # The task. For another one, change this block; load_gsm8k is called for TRAIN and TEST below.
-# score returns "reward" and may add numbers to report; names of the log (n, step, tokens, text) are taken.
+# score returns "reward" and may add numbers to report; names in the log (n, step, tokens, ...) are taken.
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 
 
@@ -136,8 +136,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # By position, as newer versions call the cache by another name. None: no position ids are
-        # needed, as rotary attention reads only distances, which left padding keeps.
+        # Positional arguments, as newer versions call the cache by another name. No position ids
+        # (None): rotary attention reads only distances, which left padding keeps.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
@@ -190,7 +190,7 @@ def evaluate(model, tokenizer, args, log, step, greedy=False, **labels):
 
 
 def group_advantages(rewards, group_size):
-    """(N,) to (N, 1), a group's rows together. Rewards 0, 1, 0, 0 become -0.5, 1.5, -0.5, -0.5."""
+    """(N,) to (N, 1), a group's rows together. Rewards 0, 1, 0, 0 (std 0.5) become -0.5, 1.5, -0.5, -0.5."""
     groups = rewards.view(-1, group_size)
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     return advantages.view(-1, 1)
@@ -258,7 +258,7 @@ if __name__ == "__main__":
 
             # 4. update
             optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 5, 1 - step / args.steps)
-            old_logp = torch.zeros_like(mask)  # computed below: those of sampling differ by rounding
+            old_logp = torch.zeros_like(mask)  # filled below: log-probs during sampling differ by rounding
             ref_logp = torch.zeros_like(mask)
             for epoch in range(args.update_epochs):
                 metrics = collections.defaultdict(float)  # those of the last update are reported
@@ -270,7 +270,7 @@ if __name__ == "__main__":
                         old_logp[rows] = logp.detach()
                     inputs = (logp, old_logp[rows], ref_logp[rows], advantages[rows])
                     token_loss, token_metrics = grpo_loss(*inputs, args.epsilon, args.beta)
-                    weight = mask[rows] / mask.sum()  # of each token in the mean over the whole batch
+                    weight = mask[rows] / mask.sum()  # of each token in means over the whole batch
                     loss = (token_loss * weight).sum()
                     loss.backward()  # adds to the gradients of the other micro-batches
                     for name, value in token_metrics.items():

@@ -53,7 +53,7 @@ class Args:
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-# score returns "reward" and may add numbers to report; names of the log (n, step, tokens, text) are taken.
+# score returns "reward" and may add numbers to report; names in the log (n, step, tokens, ...) are taken.
 SYSTEM = "Work out the sum. Give the result in XML tags."  # names no tag; the model learns <answer>
 TRAIN = [(f"What is {a} + {b}?", a + b) for a in range(10) for b in range(10)]  # (prompt, answer)
 TEST = TRAIN  # nothing is held out: the model can already add, and only has to learn the tags
@@ -100,8 +100,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # By position, as newer versions call the cache by another name. None: no position ids are
-        # needed, as rotary attention reads only distances, which left padding keeps.
+        # Positional arguments, as newer versions call the cache by another name. No position ids
+        # (None): rotary attention reads only distances, which left padding keeps.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
@@ -219,7 +219,7 @@ if __name__ == "__main__":
             rewards = torch.tensor([s["reward"] for s in scores], dtype=torch.float32, device=DEVICE)
 
             # 3. advantage
-            old_logp = torch.zeros_like(mask)  # computed below: those of sampling differ by rounding
+            old_logp = torch.zeros_like(mask)  # filled below: log-probs during sampling differ by rounding
             ref_logp = torch.zeros_like(mask)
             old_values = torch.zeros_like(mask)
             with torch.no_grad():
@@ -244,7 +244,7 @@ if __name__ == "__main__":
                     logp = completion_logp(model, ids[rows], attn[rows], mask[rows])
                     inputs = (logp, old_logp[rows], advantages[rows])
                     token_loss, token_metrics = ppo_loss(*inputs, args.epsilon)
-                    weight = mask[rows] / mask.sum()  # of each token in the mean over the whole batch
+                    weight = mask[rows] / mask.sum()  # of each token in means over the whole batch
                     loss = (token_loss * weight).sum()
                     loss.backward()  # adds to the gradients of the other micro-batches
                     for name, value in token_metrics.items():

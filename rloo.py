@@ -34,14 +34,14 @@ class Args:
     micro_batch_size: int = HfArg(default=4, help="rows per backward pass; changes memory and speed only")
     max_new_tokens: int = HfArg(default=160, help="longer texts are cut off, so leave room to end")
     lr: float = HfArg(default=2e-4, help="learning rate, for SmolLM2; Qwen needs a hundredth of it")
-    brevity_penalty_scale: float = HfArg(default=0.3, help="weight of each missing or extra word")
+    brevity_penalty_scale: float = HfArg(default=0.3, help="what a missing or extra word adds to the divisor")
     seed: int = HfArg(default=0, help="on the same CPU, the same seed gives the same numbers")
     log: str = HfArg(default=os.devnull, help="file for JSON lines per step and evaluation; overwritten")
     save: str = HfArg(default="", help="folder for the trained model and its tokenizer")
 
 
 # The task. For another one, change this block, and --max-new-tokens if its answers are longer.
-# score returns "reward" and may add numbers to report; names of the log (n, step, tokens, text) are taken.
+# score returns "reward" and may add numbers to report; names in the log (n, step, tokens, ...) are taken.
 SYSTEM = "You write short texts in plain English."
 TOPICS = "winter, music, rivers, the moon, chess, silence, summer, bread, coffee, trains, forests, clocks, "
 TOPICS += "mountains, gardens, dogs, cats, birds, bees, books, letters, football, cooking, school, rain"
@@ -95,8 +95,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, greedy=False):
     cache = DynamicCache(config=model.config)  # the model adds to it
     tokens = ids  # the first pass reads the prompts, each later one only the newest tokens
     while running.any() and ids.shape[1] < P + max_new_tokens:
-        # By position, as newer versions call the cache by another name. None: no position ids are
-        # needed, as rotary attention reads only distances, which left padding keeps.
+        # Positional arguments, as newer versions call the cache by another name. No position ids
+        # (None): rotary attention reads only distances, which left padding keeps.
         out = model(tokens, attn, None, cache, use_cache=True, logits_to_keep=1)
         probs = out.logits[:, -1].float().softmax(-1)  # temperature 1, as in completion_logp
         if DEVICE == "mps":
