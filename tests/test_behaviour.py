@@ -332,8 +332,9 @@ def test_the_first_line_is_there_at_once(main, monkeypatch, tiny, script):
     seen = terminal(monkeypatch)
     with pytest.raises(ZeroDivisionError):
         main(f"{script}.py --seed 7")
-    first, second = seen.getvalue().decode().splitlines()
+    first, *dataset, second = seen.getvalue().decode().splitlines()
     assert first == f"--model tests/tiny-{KIND[script]} on cpu, seed 7"
+    assert dataset == ["--dataset tests/tiny-gsm8k"] * (script in GSM8K)
     assert re.fullmatch(rf"{size:,} parameters, [\d,]+ training prompts", second)
     monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", template)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stop)
