@@ -60,11 +60,11 @@ EXERCISES = {
         [(LEXICAL_REWARD, '"reward": reward - 1,')],
     ),
 }
-REAL = {  # the model's place among the arguments, flags; PPO with fewer completions than by default, for time's sake
+REAL = {  # the model's place among the arguments, flags
     "minimal_sft": (0, ""),
     "minimal_dpo": (0, ""),
     "minimal_grpo": (0, ""),
-    "minimal_ppo": (0, "--batch-size 24"),
+    "minimal_ppo": (0, ""),
     "reinforce": (1, ""),
     "rloo": (1, ""),
 }
