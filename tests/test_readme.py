@@ -97,7 +97,7 @@ def test_lines_and_memory(script):
 
 
 def test_map_of_the_files():
-    """Its caption: after the first file, more than three quarters of the lines are old. All bands are found in all files."""
+    """After the first file, more than three quarters of the lines are old. All bands are found in all files."""
     figures = pytest.importorskip("figures")
     new = {script: sum(figures.new_lines(script, earlier)) for script, earlier in figures.READ_AFTER.items()}
     lines = {script: sum(map(bool, (ROOT / f"{script}.py").read_text().splitlines())) for script in new}
