@@ -11,7 +11,7 @@
     loss = mean over all completion tokens of (-surrogate + beta * kl)
 
 DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), eq. 3 and 4, but with two updates per batch and one
-mean over all tokens, so that each weighs the same in a long answer and in a short one (cf. DAPO, 2503.14476).
+mean over all tokens: a token weighs the same in a long answer and in a short one (cf. DAPO, 2503.14476).
 """
 
 import collections, copy, json, os, random, time
